@@ -1,0 +1,73 @@
+// What a kernel is told: plain structs of pointers and sizes, without torch. Shared by the CPU and the CUDA rooms.
+//
+// Names: T steps, B rows of the longest step, I input size, H hidden size, P projection size (0: none), Hr size of
+// the recurrent state (P if there is a projection, else H), G gates of the cell, D directions, N = rows of all steps.
+//
+// Input, output and saved values are in packed form: step t has batch_sizes[t] rows, longest sequence first, and its
+// row b lies at offsets[t] + b. A padded batch is the case where all batch sizes are equal.
+#pragma once
+
+#include <stdint.h>
+
+namespace frnn {
+
+struct Shape {
+  int64_t T, B, I, H, P, D, N;
+  const int64_t* batch_sizes;  // [T], not increasing
+  const int64_t* offsets;      // [T + 1], running sum of batch_sizes
+  const int64_t* lengths;      // [B], steps of each row
+  int64_t Hr() const { return P > 0 ? P : H; }
+};
+
+// One direction of a layer, forward. Rows are contiguous unless a stride is given.
+template <class T>
+struct ForwardDirection {
+  bool reverse;         // scan from the last step to the first
+  const T* x;           // [N, I], or null where gates_x is given
+  const T* w_ih;        // [G*H, I], or null where gates_x is given
+  const T* b_ih;        // [G*H], or null: no bias, or already in gates_x
+  const T* gates_x;     // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies itself
+  const T* w_hh;        // [G*H, Hr]
+  const T* b_hh;        // [G*H] or null
+  const T* w_hr;        // [P, H] or null
+  const T* h0;          // [B, Hr] or null: zero
+  T* output;            // [N, Hr], row stride output_stride
+  int64_t output_stride;
+  T* hn;                // [B, Hr] or null: not wanted
+  T* c;                 // [B, H], holds c_0, becomes c_n; null for cells without a cell state
+  T* saved;             // [N, kSaved*H] or null: inference
+};
+
+// One direction of a layer, backward.
+template <class T>
+struct BackwardDirection {
+  bool reverse;
+  const T* w_hh;         // [G*H, Hr]
+  const T* w_hr;         // [P, H] or null
+  const T* h0;           // [B, Hr] or null: zero
+  const T* c0;           // [B, H] or null: zero
+  const T* output;       // [N, Hr], row stride output_stride
+  int64_t output_stride;
+  const T* saved;        // [N, kSaved*H]
+  const T* grad_output;  // [N, Hr], row stride grad_output_stride, or null: zero
+  int64_t grad_output_stride;
+  const T* grad_hn;      // [B, Hr] or null: zero
+  T* dgates;             // [N, kGateGrads*H]
+  T* dproj;              // [N, P], gradient of the projected state; null without a projection
+  T* carry;              // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
+  T* dh0;                // [B, Hr] or null: not wanted. The GRU's carry is added into it
+};
+
+template <class Direction>
+struct LayerArgs {
+  Shape shape;
+  Direction direction[2];
+  int threads;  // at most so many
+};
+
+template <class T>
+using ForwardArgs = LayerArgs<ForwardDirection<T>>;
+template <class T>
+using BackwardArgs = LayerArgs<BackwardDirection<T>>;
+
+}  // namespace frnn

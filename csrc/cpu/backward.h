@@ -1,0 +1,144 @@
+// The backward scan of one layer on the CPU: from the gradients of its outputs to those of its gates. The weights'
+// gradients are matrix products over all steps, made by the caller from `dgates`.
+#pragma once
+
+#include "../cells/cells.h"
+#include "weights.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+template <class Cell, class T>
+class BackwardDirectionScan {
+  static constexpr int kVectors = 2, kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
+  static constexpr int kTileRows = tile_rows(kVectors);
+  using V = Vec<T>;
+
+ public:
+  BackwardDirectionScan(const Shape& shape, const BackwardDirection<T>& d, const CpuPlan& plan)
+      : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), dgates_stride_(Cell::kGateGrads * H_),
+        scan_{shape, d.reverse}, recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct),
+        projection_(d.w_hr, shape.P, H_, plan.direct), zeros_(dgates_stride_) {
+    memset(zeros_.get(), 0, dgates_stride_ * sizeof(T));
+  }
+
+  void run(const Member& member, Barrier* everybody) {
+    const Range state_panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
+    const Range unit_panels =
+        shape_.P ? share_of(projection_.panels(), member.unit_group, plan_.unit_groups) : state_panels;
+    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    pack_share(recurrent_, state_panels, member, plan_);
+    if (shape_.P) pack_share(projection_, unit_panels, member, plan_);
+    if (plan_.row_groups > 1) everybody->wait(plan_.threads());
+
+    for (int64_t s = shape_.T - 1; s >= 0; --s) {
+      each_panel(state_panels, s, [&](int64_t panel) {
+        tiles.each(scan_.rows(s), [&](int64_t b, int rows) { state_tile(s, panel, b, rows); });
+      });
+      if (shape_.P) {
+        member.barrier->wait(plan_.unit_groups);  // the units read the whole gradient of the projected state
+        each_panel(unit_panels, s, [&](int64_t panel) {
+          tiles.each(scan_.rows(s), [&](int64_t b, int rows) { projection_tile(s, panel, b, rows); });
+        });
+      }
+      member.barrier->wait(plan_.unit_groups);  // step s - 1 reads the dgates of every unit
+    }
+    if (d_.dh0)
+      each_panel(state_panels, 1, [&](int64_t panel) {
+        tiles.each(shape_.B, [&](int64_t b, int rows) { initial_state_tile(panel, b, rows); });
+      });
+  }
+
+ private:
+  const T* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }
+
+  // The gradient of h_t, from the output, from step t + 1 and from h_n.
+  void state_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
+    const int64_t continuing = scan_.continuing(s);
+    const T* later[kMaxTileRows];
+    for (int r = 0; r < rows; ++r)
+      later[r] = b0 + r < continuing ? dgates(scan_.offset(s + 1) + b0 + r) : zeros_.get();
+    alignas(64) T acc[kTileRows * kUnits];
+    if (b0 < continuing)
+      recurrent_.multiply(later, rows, panel, acc);
+    else
+      memset(acc, 0, sizeof acc);
+    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+      const int64_t b = b0 + r, row = scan_.offset(s) + b;
+      if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
+      if (d_.grad_hn && b >= continuing) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
+      if (shape_.P)
+        store(d_.dproj + row * shape_.P + u, dh, n);
+      else
+        finish_unit(s, b, row, u, n, dh);
+    });
+  }
+
+  void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
+    const T* dproj[kMaxTileRows];
+    for (int r = 0; r < rows; ++r) dproj[r] = d_.dproj + (scan_.offset(s) + b0 + r) * shape_.P;
+    alignas(64) T acc[kTileRows * kUnits];
+    projection_.multiply(dproj, rows, panel, acc);
+    each_vector(panel, H_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+      finish_unit(s, b0 + r, scan_.offset(s) + b0 + r, u, n, dh);
+    });
+  }
+
+  void initial_state_tile(int64_t panel, int64_t b0, int rows) {
+    const T* first[kMaxTileRows];
+    for (int r = 0; r < rows; ++r) first[r] = dgates(scan_.first_row(b0 + r));
+    alignas(64) T acc[kTileRows * kUnits];
+    recurrent_.multiply(first, rows, panel, acc);
+    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+      // A carry that is not the cell state's belongs to h0: what reached it past the product.
+      if constexpr (Cell::kHasCarry && !Cell::kHasCellState) dh = dh + load(d_.carry + (b0 + r) * H_ + u, n);
+      store(d_.dh0 + (b0 + r) * Hr_ + u, dh, n);
+    });
+  }
+
+  template <class F>
+  FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, const T* acc, F&& f) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t u = panel * kUnits + v * kSize;
+      const int n = static_cast<int>(smallest(units - u, kSize));
+      if (n <= 0) return;
+      for (int r = 0; r < rows; ++r) f(r, u, n, load(acc + (r * kVectors + v) * kSize));
+    }
+  }
+
+  // The cell itself, for the n units from u on of row b.
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, V dh) {
+    V saved[Cell::kSaved + 1], output(T(0)), h_prev(T(0)), c_prev(T(0)), carry(T(0)), grads[Cell::kGateGrads];
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(d_.saved + (row * Cell::kSaved + k) * H_ + u, n);
+    if constexpr (Cell::kGradReadsOutput) output = load(d_.output + row * d_.output_stride + u, n);
+    const bool continued = b < scan_.continued(s);
+    const int64_t row_prev = continued ? scan_.offset(s - 1) + b : 0;
+    if constexpr (Cell::kReadsPreviousHidden) {
+      if (continued)
+        h_prev = load(d_.output + row_prev * d_.output_stride + u, n);
+      else if (d_.h0)
+        h_prev = load(d_.h0 + b * Hr_ + u, n);
+    }
+    if constexpr (Cell::kHasCellState) {
+      if (continued)
+        c_prev = load(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u, n);
+      else if (d_.c0)
+        c_prev = load(d_.c0 + b * H_ + u, n);
+    }
+    if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
+    Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
+    if constexpr (Cell::kHasCarry) store(d_.carry + b * H_ + u, carry, n);
+    for (int g = 0; g < Cell::kGateGrads; ++g) store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
+  }
+
+  const Shape& shape_;
+  const BackwardDirection<T>& d_;
+  const CpuPlan& plan_;
+  const int64_t H_, Hr_, dgates_stride_;
+  const Scan scan_;
+  ColumnWeights<T, kVectors> recurrent_, projection_;
+  Buffer<T> zeros_;  // [kGateGrads * H], stands for the dgates of a step that is not there
+};
+
+}  // namespace FRNN_ISA
+}  // namespace frnn

@@ -1,0 +1,155 @@
+// The forward scan of one layer on the CPU: all steps, both directions, one call.
+#pragma once
+
+#include "../cells/cells.h"
+#include "weights.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+// Vectors of units in one panel: enough independent sums to hide the latency of a multiply-add.
+template <class Cell>
+constexpr int panel_vectors() {
+  return Cell::kGates == 1 ? 2 : 1;
+}
+
+template <class T>
+CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
+  CpuProblem p;
+  p.T = s.T, p.B = s.B, p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
+  p.gates = gates;
+  p.threads = threads;
+  p.units_per_panel = vectors * Vec<T>::kSize;
+  p.tile_rows = tile_rows(gates * vectors);
+  p.itemsize = sizeof(T);
+  return p;
+}
+
+template <class Cell, class T>
+class ForwardDirectionScan {
+  static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
+  static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
+  static constexpr int kTileRows = tile_rows(kGates * kVectors);
+  static constexpr int kProjVectors = 2;
+  using V = Vec<T>;
+
+ public:
+  ForwardDirectionScan(const Shape& shape, const ForwardDirection<T>& d, const CpuPlan& plan)
+      : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
+        recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, true),
+        projection_(d.w_hr, shape.P, H_, plan.direct), hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
+    memset(zeros_.get(), 0, Hr_ * sizeof(T));
+  }
+
+  void run(const Member& member, Barrier* everybody) {
+    const Range panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
+    const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
+    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    pack_share(recurrent_, panels, member, plan_);
+    pack_share(projection_, proj_panels, member, plan_);
+    if (plan_.row_groups > 1) everybody->wait(plan_.threads());
+
+    for (int64_t s = 0; s < shape_.T; ++s) {
+      each_panel(panels, s, [&](int64_t panel) {
+        tiles.each(scan_.rows(s), [&](int64_t b, int rows) { gates_tile(s, panel, b, rows); });
+      });
+      if (shape_.P) {
+        member.barrier->wait(plan_.unit_groups);  // the projection reads every unit
+        each_panel(proj_panels, s, [&](int64_t panel) {
+          tiles.each(scan_.rows(s), [&](int64_t b, int rows) { projection_tile(s, panel, b, rows); });
+        });
+      }
+      member.barrier->wait(plan_.unit_groups);  // the next step reads every unit of h_t
+    }
+  }
+
+ private:
+  const T* previous_hidden(int64_t s, int64_t b, int64_t continued) const {
+    if (b < continued) return d_.output + (scan_.offset(s - 1) + b) * d_.output_stride;
+    return d_.h0 ? d_.h0 + b * Hr_ : zeros_.get();
+  }
+
+  void gates_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
+    const int64_t continued = scan_.continued(s), row0 = scan_.offset(s) + b0;
+    const T* h_prev[kMaxTileRows];
+    const T* x[kMaxTileRows];
+    for (int r = 0; r < rows; ++r) h_prev[r] = previous_hidden(s, b0 + r, continued);
+    alignas(64) T from_h[kTileRows * kGates * kUnits];
+    alignas(64) T from_x[kTileRows * kGates * kUnits];
+    if (d_.h0 || b0 < continued)
+      recurrent_.multiply(h_prev, rows, panel, from_h);
+    else
+      memset(from_h, 0, sizeof from_h);
+    if (!d_.gates_x) {
+      for (int r = 0; r < rows; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
+      input_.multiply(x, rows, panel, from_x);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t u = panel * kUnits + v * kSize;
+      const int n = static_cast<int>(smallest(H_ - u, kSize));
+      if (n <= 0) break;
+      V b_hh[kGates], b_ih[kGates];
+      for (int g = 0; g < kGates; ++g) {
+        b_hh[g] = d_.b_hh ? load(d_.b_hh + g * H_ + u, n) : V(T(0));
+        b_ih[g] = d_.b_ih ? load(d_.b_ih + g * H_ + u, n) : V(T(0));
+      }
+      for (int r = 0; r < rows; ++r) {
+        V gx[kGates], gh[kGates];
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t at = (r * kGates + g) * kUnits + v * kSize;
+          gh[g] = load(from_h + at) + b_hh[g];
+          gx[g] = d_.gates_x ? load(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u, n)
+                             : load(from_x + at) + b_ih[g];
+        }
+        finish_unit(s, b0 + r, row0 + r, u, n, gx, gh, h_prev[r]);
+      }
+    }
+  }
+
+  // The cell itself, for the n units from u on of row b.
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, const V* gx, const V* gh,
+                           const T* h_prev) {
+    V own(T(0)), state(T(0)), saved[Cell::kSaved + 1];
+    if constexpr (Cell::kReadsPreviousHidden) own = load(h_prev + u, n);
+    if constexpr (Cell::kHasCellState) state = load(d_.c + b * H_ + u, n);
+    const V h = Cell::step(gx, gh, own, state, saved);
+    if constexpr (Cell::kHasCellState) store(d_.c + b * H_ + u, state, n);
+    if (d_.saved)
+      for (int k = 0; k < Cell::kSaved; ++k) store(d_.saved + (row * Cell::kSaved + k) * H_ + u, saved[k], n);
+    if (shape_.P)
+      store(hidden_.get() + b * H_ + u, h, n);
+    else
+      store_state(s, b, row, u, h, n);
+  }
+
+  void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
+    const T* hidden[kMaxTileRows];
+    for (int r = 0; r < rows; ++r) hidden[r] = hidden_.get() + (b0 + r) * H_;
+    alignas(64) T acc[kMaxTileRows * kProjVectors * kSize];
+    projection_.multiply(hidden, rows, panel, acc);
+    for (int v = 0; v < kProjVectors; ++v) {
+      const int64_t u = (panel * kProjVectors + v) * kSize;
+      const int n = static_cast<int>(smallest(shape_.P - u, kSize));
+      for (int r = 0; r < rows && n > 0; ++r)
+        store_state(s, b0 + r, scan_.offset(s) + b0 + r, u, load(acc + (r * kProjVectors + v) * kSize), n);
+    }
+  }
+
+  FRNN_HD void store_state(int64_t s, int64_t b, int64_t row, int64_t u, V h, int n) {
+    store(d_.output + row * d_.output_stride + u, h, n);
+    if (d_.hn && b >= scan_.continuing(s)) store(d_.hn + b * Hr_ + u, h, n);
+  }
+
+  const Shape& shape_;
+  const ForwardDirection<T>& d_;
+  const CpuPlan& plan_;
+  const int64_t H_, Hr_;
+  const Scan scan_;
+  GateWeights<T, kGates, kVectors> recurrent_, input_;
+  GateWeights<T, 1, kProjVectors> projection_;
+  Buffer<T> hidden_;  // [B, H], h before the projection
+  Buffer<T> zeros_;   // [Hr], the row that stands for an absent h0
+};
+
+}  // namespace FRNN_ISA
+}  // namespace frnn

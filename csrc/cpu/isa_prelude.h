@@ -1,0 +1,16 @@
+// What the kernels need of the standard library and of the project's code that is compiled once for all machines:
+// included before a file turns an instruction set on.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "../args.h"
+#include "kernels.h"
+#include "plan.h"
+#include "team.h"

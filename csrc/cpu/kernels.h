@@ -1,0 +1,41 @@
+// The CPU room's door: the kernels of every compiled instruction set, and which of them this machine uses.
+#pragma once
+
+#include "../args.h"
+#include "plan.h"
+
+namespace frnn {
+
+enum class CellKind;  // csrc/cells/cells.h
+
+constexpr int kMaxThreads = 256;
+
+struct CpuKernels {
+  int vector_bytes;
+  void (*forward_float)(CellKind, const ForwardArgs<float>&);
+  void (*forward_double)(CellKind, const ForwardArgs<double>&);
+  void (*backward_float)(CellKind, const BackwardArgs<float>&);
+  void (*backward_double)(CellKind, const BackwardArgs<double>&);
+  CpuProblem (*problem_float)(CellKind, const Shape&, int threads, bool backward);
+  CpuProblem (*problem_double)(CellKind, const Shape&, int threads, bool backward);
+
+  void forward(CellKind kind, const ForwardArgs<float>& args) const { forward_float(kind, args); }
+  void forward(CellKind kind, const ForwardArgs<double>& args) const { forward_double(kind, args); }
+  void backward(CellKind kind, const BackwardArgs<float>& args) const { backward_float(kind, args); }
+  void backward(CellKind kind, const BackwardArgs<double>& args) const { backward_double(kind, args); }
+};
+
+struct InstructionSet {
+  const char* name;
+  const CpuKernels* kernels;
+  bool (*supported)();
+};
+
+// Best first; the last runs anywhere.
+extern const InstructionSet kInstructionSets[];
+extern const int kInstructionSetCount;
+
+const InstructionSet& instruction_set();         // in use
+void use_instruction_set(const InstructionSet&);  // for tests and benchmarks; holds for the whole process
+
+}  // namespace frnn

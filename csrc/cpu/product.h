@@ -1,0 +1,145 @@
+// The products of the scan: a tile of rows of h (or of dgates) times the weights of one panel of units. Two forms,
+// one result layout, acc[row][lane][unit of the vector]:
+//   packed: weights rearranged once a call as [k][lane][unit], so that a step reads them in order;
+//   direct: weights as torch lays them out, for calls too short to repay the packing.
+#pragma once
+
+#include "vector.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+// Registers bound a tile: rows * lanes accumulators, plus one vector of weights a lane.
+constexpr int kRegisters = FRNN_VECTOR_BYTES == 64 ? 32 : 16;
+constexpr int kMaxTileRows = 8;
+
+constexpr int tile_rows(int lanes) {
+  const int rows = (kRegisters - (kRegisters == 32 ? lanes + 1 : 3)) / lanes;
+  return rows < kMaxTileRows ? rows : kMaxTileRows;
+}
+
+// A single running sum over a long k loses accuracy; partial sums of this many products keep the error at the level
+// of a blocked matrix product.
+constexpr int64_t kSumLength = 256;
+
+// acc[r][l] = sum over k of a[r][k] * weights[k * stride + l * kSize ...]
+template <class T, int kLanes, int kRows>
+void packed_product_of(const T* const* a, int64_t K, const T* weights, int64_t stride, T* acc) {
+  using V = Vec<T>;
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kSumLength) {
+    const int64_t k1 = k0 + kSumLength < K ? k0 + kSumLength : K;
+    V sums[kRows][kLanes];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int l = 0; l < kLanes; ++l) sums[r][l] = V(T(0));
+    const T* w = weights + k0 * stride;
+    for (int64_t k = k0; k < k1; ++k, w += stride) {
+      V lane[kLanes];
+#pragma GCC unroll 8
+      for (int l = 0; l < kLanes; ++l) lane[l] = load(w + l * V::kSize);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const V x(row[r][k]);
+#pragma GCC unroll 8
+        for (int l = 0; l < kLanes; ++l) sums[r][l].v += lane[l].v * x.v;
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int l = 0; l < kLanes; ++l) {
+        T* to = acc + (r * kLanes + l) * V::kSize;
+        store(to, k0 == 0 ? sums[r][l] : load(to) + sums[r][l]);
+      }
+  }
+}
+
+template <class T, int kLanes>
+void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride, T* acc) {
+  if constexpr (tile_rows(kLanes) >= 8)
+    if (rows == 8) return packed_product_of<T, kLanes, 8>(a, K, weights, stride, acc);
+  if constexpr (tile_rows(kLanes) >= 7)
+    if (rows == 7) return packed_product_of<T, kLanes, 7>(a, K, weights, stride, acc);
+  if constexpr (tile_rows(kLanes) >= 6)
+    if (rows == 6) return packed_product_of<T, kLanes, 6>(a, K, weights, stride, acc);
+  if constexpr (tile_rows(kLanes) >= 5)
+    if (rows == 5) return packed_product_of<T, kLanes, 5>(a, K, weights, stride, acc);
+  if constexpr (tile_rows(kLanes) >= 4)
+    if (rows == 4) return packed_product_of<T, kLanes, 4>(a, K, weights, stride, acc);
+  if (rows == 3) return packed_product_of<T, kLanes, 3>(a, K, weights, stride, acc);
+  if (rows == 2) return packed_product_of<T, kLanes, 2>(a, K, weights, stride, acc);
+  return packed_product_of<T, kLanes, 1>(a, K, weights, stride, acc);
+}
+
+// Dot products of kRowsOfW rows of weights, `stride` apart, with one row a: out[j * out_stride].
+template <class T, int kRowsOfW>
+FRNN_HD void dot_products(const T* a, int64_t K, const T* weights, int64_t stride, T* out, int64_t out_stride) {
+  using V = Vec<T>;
+  V sums[kRowsOfW];
+#pragma GCC unroll 8
+  for (int j = 0; j < kRowsOfW; ++j) sums[j] = V(T(0));
+  int64_t k = 0;
+  for (; k + V::kSize <= K; k += V::kSize) {
+    const V x = load(a + k);
+#pragma GCC unroll 8
+    for (int j = 0; j < kRowsOfW; ++j) sums[j].v += load(weights + j * stride + k).v * x.v;
+  }
+  if (k < K) {
+    const int n = static_cast<int>(K - k);
+    const V x = load(a + k, n);
+    for (int j = 0; j < kRowsOfW; ++j) sums[j].v += load(weights + j * stride + k, n).v * x.v;
+  }
+  for (int j = 0; j < kRowsOfW; ++j) out[j * out_stride] = sum(sums[j]);
+}
+
+// acc[r][l][u] = a[r] . weights[gate * gate_rows + unit] for the `units` units from `unit` on, where lane
+// l = gate * kVectors + v and unit = first + v * kSize + u. weights: [gates * gate_rows, K].
+template <class T, int kGates, int kVectors>
+void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows, int64_t first,
+                    T* acc) {
+  constexpr int kSize = Vec<T>::kSize;
+  constexpr int kUnits = kVectors * kSize;
+  const int64_t units = gate_rows - first < kUnits ? gate_rows - first : kUnits;
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < kGates; ++g) {
+      const T* w = weights + (g * gate_rows + first) * K;
+      T* out = acc + (r * kGates + g) * kUnits;
+      int64_t u = 0;
+      for (; u + 8 <= units; u += 8) dot_products<T, 8>(a[r], K, w + u * K, K, out + u, 1);
+      for (; u < units; ++u) dot_products<T, 1>(a[r], K, w + u * K, K, out + u, 1);
+      for (; u < kUnits; ++u) out[u] = T(0);
+    }
+}
+
+// weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on, zero beyond.
+template <class T, int kGates, int kVectors>
+void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T* panel) {
+  constexpr int kUnits = kVectors * Vec<T>::kSize;
+  constexpr int64_t kBlock = 16;  // columns transposed together: reads of whole cache lines
+  const int64_t units = gate_rows - first < kUnits ? gate_rows - first : kUnits;
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
+    for (int g = 0; g < kGates; ++g) {
+      const T* w = weights + (g * gate_rows + first) * K;
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t k = k0; k < k1; ++k) panel[(k * kGates + g) * kUnits + u] = w[u * K + k];
+      for (int64_t u = units; u < kUnits; ++u)
+        for (int64_t k = k0; k < k1; ++k) panel[(k * kGates + g) * kUnits + u] = T(0);
+    }
+  }
+}
+
+// weights [K, columns] -> panel [K][kVectors * kSize] of the columns from `first` on, zero beyond.
+template <class T, int kVectors>
+void pack_columns(const T* weights, int64_t columns, int64_t K, int64_t first, T* panel) {
+  constexpr int kUnits = kVectors * Vec<T>::kSize;
+  const int64_t units = columns - first < kUnits ? columns - first : kUnits;
+  for (int64_t k = 0; k < K; ++k, panel += kUnits, weights += columns) {
+    memcpy(panel, weights + first, units * sizeof(T));
+    for (int64_t u = units; u < kUnits; ++u) panel[u] = T(0);
+  }
+}
+
+}  // namespace FRNN_ISA
+}  // namespace frnn

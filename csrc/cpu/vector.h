@@ -1,0 +1,148 @@
+// A vector of units in one register, with the elementary functions that the cells ask for. Written with the
+// compilers' vector extension, so that AVX-512, AVX2, SSE2 and NEON come from the same lines; FRNN_VECTOR_BYTES and
+// FRNN_ISA are set by the file that includes the kernels.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "../cells/math.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+template <class T>
+struct Real;
+
+// kShift is 1.5 * 2^mantissa bits: adding it rounds to an integer and leaves that integer in the lowest bits.
+template <>
+struct Real<float> {
+  typedef float Native __attribute__((vector_size(FRNN_VECTOR_BYTES)));
+  typedef int32_t NativeInt __attribute__((vector_size(FRNN_VECTOR_BYTES)));
+  static constexpr float kShift = 12582912.0f, kLog2e = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kExpMax = 88.0f, kTanhMax = 10.0f;
+  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
+};
+template <>
+struct Real<double> {
+  typedef double Native __attribute__((vector_size(FRNN_VECTOR_BYTES)));
+  typedef int64_t NativeInt __attribute__((vector_size(FRNN_VECTOR_BYTES)));
+  static constexpr double kShift = 6755399441055744.0, kLog2e = 1.4426950408889634;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kExpMax = 708.0, kTanhMax = 20.0;
+  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kSize = FRNN_VECTOR_BYTES / sizeof(T);
+  using Native = typename Real<T>::Native;
+  using NativeInt = typename Real<T>::NativeInt;
+
+  Native v;
+
+  FRNN_HD Vec() {}
+  FRNN_HD Vec(Native n) : v(n) {}
+  explicit FRNN_HD Vec(T x) : v(Native{} + x) {}
+
+  friend FRNN_HD Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend FRNN_HD Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend FRNN_HD Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend FRNN_HD Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+};
+
+template <class T>
+FRNN_HD Vec<T> load(const T* p) {
+  Vec<T> x;
+  memcpy(&x.v, p, sizeof x.v);
+  return x;
+}
+template <class T>
+FRNN_HD void store(T* p, Vec<T> x) {
+  memcpy(p, &x.v, sizeof x.v);
+}
+
+// The first n values only, for the last vector of a row. The rest is read as zero.
+template <class T>
+FRNN_HD Vec<T> load(const T* p, int n) {
+  if (n >= Vec<T>::kSize) return load(p);
+  Vec<T> x(T(0));
+  for (int k = 0; k < n; ++k) x.v[k] = p[k];
+  return x;
+}
+template <class T>
+FRNN_HD void store(T* p, Vec<T> x, int n) {
+  if (n >= Vec<T>::kSize) return store(p, x);
+  for (int k = 0; k < n; ++k) p[k] = x.v[k];
+}
+
+// Sum of all values of a vector, by halves: a fixed order, hence a reproducible result.
+template <class T>
+FRNN_HD T sum(Vec<T> x) {
+#pragma GCC unroll 4
+  for (int half = Vec<T>::kSize / 2; half > 0; half /= 2) {
+    typename Vec<T>::NativeInt partner;
+    for (int k = 0; k < Vec<T>::kSize; ++k) partner[k] = k ^ half;
+    x.v += __builtin_shuffle(x.v, partner);
+  }
+  return x.v[0];
+}
+
+// e^x = 2^n e^r with r in [-ln2/2, ln2/2]. Returns 2^n and e^r - 1 apart, so that expm1 loses nothing near zero.
+template <class T>
+FRNN_HD void exp_parts(Vec<T> x, Vec<T>& two_n, Vec<T>& expm1_r) {
+  using R = Real<T>;
+  using V = Vec<T>;
+  const V shifted = x * V(R::kLog2e) + V(R::kShift);
+  const V n = shifted - V(R::kShift);
+  const V r = (x - n * V(R::kLn2High)) - n * V(R::kLn2Low);
+  V q(T(0));
+  T inverse_factorial[R::kTerms + 1];
+  inverse_factorial[0] = T(1);
+  for (int k = 1; k <= R::kTerms; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / T(k);
+  for (int k = R::kTerms; k >= 2; --k) q = q * r + V(inverse_factorial[k]);
+  expm1_r = r + r * r * q;
+  const auto bits = (typename V::NativeInt)shifted.v;
+  two_n = V((typename V::Native)((bits + R::kBias) << R::kMantissa));
+}
+
+template <class T>
+FRNN_HD Vec<T> sigmoid(Vec<T> x) {
+  using V = Vec<T>;
+  const T limit = Real<T>::kExpMax;
+  V y(V(T(0)) - x);
+  y.v = y.v > limit ? V(limit).v : y.v;  // in this order NaN stays NaN
+  y.v = y.v < -limit ? V(-limit).v : y.v;
+  V two_n, expm1_r;
+  exp_parts(y, two_n, expm1_r);
+  return V(T(1)) / (V(T(1)) + (two_n + two_n * expm1_r));
+}
+
+template <class T>
+FRNN_HD Vec<T> tanh_(Vec<T> x) {
+  using V = Vec<T>;
+  using NativeInt = typename V::NativeInt;
+  const T limit = Real<T>::kTanhMax;
+  const NativeInt sign = (NativeInt)x.v & (NativeInt)V(T(-0.0)).v;
+  V a((typename V::Native)((NativeInt)x.v ^ sign));
+  a.v = a.v > limit ? V(limit).v : a.v;
+  V two_n, expm1_r;
+  exp_parts(a + a, two_n, expm1_r);
+  const V e = two_n * expm1_r + (two_n - V(T(1)));  // expm1(2|x|)
+  const V y = e / (e + V(T(2)));
+  return V((typename V::Native)((NativeInt)y.v | sign));
+}
+
+template <class T>
+FRNN_HD Vec<T> relu(Vec<T> x) {
+  return Vec<T>(x.v < T(0) ? Vec<T>(T(0)).v : x.v);
+}
+
+template <class T>
+FRNN_HD Vec<T> step_function(Vec<T> x) {
+  return Vec<T>(x.v > T(0) ? Vec<T>(T(1)).v : Vec<T>(T(0)).v);
+}
+
+}  // namespace FRNN_ISA
+}  // namespace frnn

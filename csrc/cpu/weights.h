@@ -1,0 +1,107 @@
+// A weight matrix as the products of one scan see it: in panels of units, packed or as it lies.
+#pragma once
+
+#include <stdlib.h>
+
+#include <new>
+
+#include "schedule.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+// Memory of one call, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(count > 0 ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))) : nullptr) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// [kGates * units, K], multiplied by rows of length K: a value for each gate of each unit. Torch's weight_hh.
+template <class T, int kGates, int kVectors>
+class GateWeights {
+ public:
+  static constexpr int kUnits = kVectors * Vec<T>::kSize;  // of a panel
+  static constexpr int kLanes = kGates * kVectors;
+
+  GateWeights(const T* weights, int64_t units, int64_t K, bool direct)
+      : weights_(weights), units_(units), K_(K), direct_(direct),
+        panels_(direct || !weights ? 0 : panels() * kUnits * kGates * K) {}
+
+  int64_t panels() const { return divide_up(units_, kUnits); }
+  void pack(int64_t panel) const {
+    if (!direct_) pack_rows<T, kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
+  }
+  // acc[row][gate][unit of the panel]
+  void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {
+    if (direct_)
+      direct_product<T, kGates, kVectors>(a, rows, K_, weights_, units_, panel * kUnits, acc);
+    else
+      packed_product<T, kLanes>(a, rows, K_, packed(panel), kLanes * Vec<T>::kSize, acc);
+  }
+
+ private:
+  T* packed(int64_t panel) const { return panels_.get() + panel * kUnits * kGates * K_; }
+
+  const T* weights_;
+  int64_t units_, K_;
+  bool direct_;
+  Buffer<T> panels_;
+};
+
+// [K, units], multiplied by rows of length K: the same matrices in the backward pass, which needs them transposed.
+// Here the units of a panel are neighbours in memory already, so `direct` only copies the last, incomplete panel.
+template <class T, int kVectors>
+class ColumnWeights {
+ public:
+  static constexpr int kUnits = kVectors * Vec<T>::kSize;
+
+  ColumnWeights(const T* weights, int64_t K, int64_t units, bool direct)
+      : weights_(weights), K_(K), units_(units), direct_(direct),
+        panels_(weights ? (direct ? 1 : panels()) * kUnits * K : 0) {}
+
+  int64_t panels() const { return divide_up(units_, kUnits); }
+  void pack(int64_t panel) const {
+    if (!in_place(panel)) pack_columns<T, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
+  }
+  // acc[row][unit of the panel]
+  void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {
+    if (in_place(panel))
+      packed_product<T, kVectors>(a, rows, K_, weights_ + panel * kUnits, units_, acc);
+    else
+      packed_product<T, kVectors>(a, rows, K_, packed(panel), kUnits, acc);
+  }
+
+ private:
+  bool in_place(int64_t panel) const { return direct_ && (panel + 1) * kUnits <= units_; }
+  T* packed(int64_t panel) const { return panels_.get() + (direct_ ? 0 : panel * kUnits * K_); }
+
+  const T* weights_;
+  int64_t K_, units_;
+  bool direct_;
+  Buffer<T> panels_;
+};
+
+// Packs a member's panels. Members of other row groups use the same panels, so they share the work and then wait.
+template <class Weights>
+FRNN_HD void pack_share(const Weights& weights, Range panels, const Member& member, const CpuPlan& plan) {
+  for (int64_t p = panels.first + member.row_group; p < panels.last; p += plan.row_groups) weights.pack(p);
+}
+
+// The panels of step s, in alternating order: what was used last is still in the cache when the next step begins.
+template <class F>
+FRNN_HD void each_panel(Range panels, int64_t s, F&& f) {
+  for (int64_t i = panels.first; i < panels.last; ++i)
+    f(s % 2 ? panels.first + panels.last - 1 - i : i);
+}
+
+}  // namespace FRNN_ISA
+}  // namespace frnn

@@ -1,0 +1,260 @@
+// The backward operators: scan from the last step to the first, then the weights' gradients as matrix products over
+// all steps.
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/zeros.h>
+
+#include <array>
+
+#include "problem.h"
+
+namespace frnn {
+namespace {
+
+// Order of the gradients in the results and in the bits of `needs`.
+enum Gradient { kInput, kH0, kC0, kFirstWeight };
+enum WeightGradient { kWih, kWhh, kBih, kBhh, kWhr, kWeightCount };
+
+struct Wanted {
+  int64_t bits;
+  bool operator()(int gradient) const { return (bits >> gradient) & 1; }
+  bool weight(int64_t d, int which) const {
+    return (*this)(static_cast<int>(kFirstWeight + d * kWeightCount + which));
+  }
+};
+
+// The columns of dgates that belong to the input side, and the rows of weight_ih that they meet. They are the first
+// ones but for the last gate of the GRU, whose gradient differs on the two sides (csrc/cells/gru.h).
+struct InputSide {
+  int64_t row, column, count;
+};
+std::vector<InputSide> input_side(const CellTraits& cell, int64_t H) {
+  if (cell.gate_grads == cell.gates) return {{0, 0, cell.gates * H}};
+  return {{0, 0, (cell.gates - 1) * H}, {(cell.gates - 1) * H, (cell.gate_grads - 1) * H, H}};
+}
+
+struct BackwardTensors {
+  Tensor x, h0, c0, output, saved;              // of the forward pass
+  Tensor grad_output, grad_hn;                  // [N, D*Hr], [D, B, Hr]; undefined: zero
+  std::vector<Tensor> dgates, dproj;            // by direction: [N, kGateGrads*H], [N, P]
+  Tensor carry, dh0;                            // [D, B, H], [D, B, Hr]
+};
+
+template <class T>
+void scan(const Problem& p, const BackwardTensors& t) {
+  const Shape& s = p.shape;
+  BackwardArgs<T> args{};
+  args.shape = s;
+  args.threads = at::get_num_threads();
+  const auto at_direction = [](const Tensor& tensor, int64_t d) {
+    return tensor.defined() ? pointer<T>(tensor) + d * tensor.numel() / tensor.size(0) : nullptr;
+  };
+  for (int64_t d = 0; d < s.D; ++d) {
+    BackwardDirection<T>& to = args.direction[d];
+    to.reverse = d == 1;
+    to.w_hh = pointer<T>(p.weights[d].w_hh);
+    to.w_hr = pointer<T>(p.weights[d].w_hr);
+    to.h0 = at_direction(t.h0, d);
+    to.c0 = at_direction(t.c0, d);
+    to.output = pointer<T>(t.output) + d * s.Hr();
+    to.output_stride = s.D * s.Hr();
+    to.saved = at_direction(t.saved, d);
+    if (t.grad_output.defined()) to.grad_output = pointer<T>(t.grad_output) + d * s.Hr();
+    to.grad_output_stride = s.D * s.Hr();
+    to.grad_hn = at_direction(t.grad_hn, d);
+    to.dgates = pointer<T>(t.dgates[d]);
+    to.dproj = pointer<T>(t.dproj[d]);
+    to.carry = at_direction(t.carry, d);
+    to.dh0 = at_direction(t.dh0, d);
+  }
+  instruction_set().kernels->backward(p.cell.kind, args);
+}
+
+// h_{t-1} of every row, [N, Hr], as one direction of the scan met it.
+template <class T>
+Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
+  const Shape& s = p.shape;
+  const int64_t Hr = s.Hr(), stride = s.D * Hr;
+  Tensor result = p.allocate({s.N, Hr});
+  T* to = pointer<T>(result);
+  const T* output = pointer<T>(t.output) + d * Hr;
+  const T* h0 = t.h0.defined() ? pointer<T>(t.h0) + d * s.B * Hr : nullptr;
+  at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
+    for (int64_t step = first; step < last; ++step) {
+      const int64_t before = d == 1 ? step + 1 : step - 1;
+      const bool inside = before >= 0 && before < s.T;
+      for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
+        T* row = to + (s.offsets[step] + b) * Hr;
+        if (inside && b < s.batch_sizes[before])
+          std::copy_n(output + (s.offsets[before] + b) * stride, Hr, row);
+        else if (h0)
+          std::copy_n(h0 + b * Hr, Hr, row);
+        else
+          std::fill_n(row, Hr, T(0));
+      }
+    }
+  });
+  return result;
+}
+
+void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
+                          Tensor* gradients) {
+  const Shape& s = p.shape;
+  const Tensor& dgates = t.dgates[d];
+  const auto sides = input_side(p.cell, s.H);
+  const Tensor recurrent = dgates.narrow(1, 0, p.cell.gates * s.H);
+  Tensor* result = gradients + kFirstWeight + d * kWeightCount;
+
+  if (wanted.weight(d, kWih)) {
+    result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
+    for (const InputSide& side : sides) {
+      Tensor rows = result[kWih].narrow(0, side.row, side.count);
+      at::mm_out(rows, dgates.narrow(1, side.column, side.count).t(), t.x);
+    }
+  }
+  if (wanted.weight(d, kWhh)) {
+    const Tensor h_prev =
+        p.compute == at::kFloat ? previous_hidden<float>(p, t, d) : previous_hidden<double>(p, t, d);
+    result[kWhh] = at::mm(recurrent.t(), h_prev);
+  }
+  if (wanted.weight(d, kBhh)) result[kBhh] = recurrent.sum(0);
+  if (wanted.weight(d, kBih)) {
+    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : recurrent.sum(0);
+    for (const InputSide& side : sides)
+      if (side.column != side.row) {
+        Tensor rows = result[kBih].narrow(0, side.row, side.count);
+        at::sum_out(rows, dgates.narrow(1, side.column, side.count), 0);
+      }
+  }
+  if (wanted.weight(d, kWhr)) {
+    const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
+    const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
+    result[kWhr] = at::mm(t.dproj[d].t(), hidden);
+  }
+}
+
+Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
+  Tensor result;
+  for (int64_t d = 0; d < p.D(); ++d)
+    for (const InputSide& side : input_side(p.cell, p.shape.H)) {
+      const Tensor dgates = t.dgates[d].narrow(1, side.column, side.count);
+      const Tensor weights = p.weights[d].w_ih.narrow(0, side.row, side.count);
+      if (result.defined())
+        result.addmm_(dgates, weights);
+      else
+        result = at::mm(dgates, weights);
+    }
+  return result;
+}
+
+using Gradients = std::array<Tensor, kFirstWeight + 2 * kWeightCount>;
+
+// Of a call without rows or units: every gradient is zero but those that pass straight through.
+Gradients gradients_of_nothing(const Problem& p, const BackwardTensors& t, const Wanted& wanted) {
+  const Shape& s = p.shape;
+  Gradients result;
+  const auto zero = [&](int which, at::IntArrayRef sizes) {
+    if (wanted(which)) result[which] = at::zeros(sizes, at::dtype(p.compute));
+  };
+  zero(kInput, {s.N, s.I});
+  zero(kH0, {s.D, s.B, s.Hr()});
+  zero(kC0, {s.D, s.B, s.H});
+  for (int d = 0; d < s.D; ++d) {
+    const int first = kFirstWeight + d * kWeightCount;
+    zero(first + kWih, {p.cell.gates * s.H, s.I});
+    zero(first + kWhh, {p.cell.gates * s.H, s.Hr()});
+    zero(first + kBih, {p.cell.gates * s.H});
+    zero(first + kBhh, {p.cell.gates * s.H});
+    zero(first + kWhr, {s.P, s.H});
+  }
+  return result;
+}
+
+Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
+                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
+                   const Tensor& output, const Tensor& saved, int64_t needs) {
+  const Shape& s = p.shape;
+  const Wanted wanted{needs};
+  const auto rows = [&](const OptTensor& t) {
+    return t.has_value() ? OptTensor(t->reshape({s.N, t->size(-1)})) : OptTensor();
+  };
+  BackwardTensors t;
+  t.x = p.operand(rows(input), {s.N, s.I}, "input");
+  t.h0 = p.operand(h0, {s.D, s.B, s.Hr()}, "h0");
+  t.c0 = p.operand(c0, {s.D, s.B, s.H}, "c0");
+  t.output = p.operand(rows(output), {s.N, s.D * s.Hr()}, "output");
+  t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
+  t.grad_output = p.operand(rows(grad_output), {s.N, s.D * s.Hr()}, "grad_output");
+  t.grad_hn = p.operand(grad_hn, {s.D, s.B, s.Hr()}, "grad_hn");
+  const Tensor grad_cell = p.operand(grad_cn, {s.D, s.B, s.H}, "grad_cn");
+  for (int64_t d = 0; d < s.D; ++d)
+    TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
+
+  Gradients result;
+  if (p.empty()) {
+    result = gradients_of_nothing(p, t, wanted);
+  } else {
+    for (int64_t d = 0; d < s.D; ++d) {
+      t.dgates.push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
+      t.dproj.push_back(s.P ? p.allocate({s.N, s.P}) : Tensor());
+    }
+    if (p.cell.carry)
+      t.carry = p.cell.cell_state && grad_cell.defined() ? grad_cell.clone()
+                                                         : at::zeros({s.D, s.B, s.H}, at::dtype(p.compute));
+    if (wanted(kH0)) t.dh0 = p.allocate({s.D, s.B, s.Hr()});
+    if (p.compute == at::kFloat)
+      scan<float>(p, t);
+    else
+      scan<double>(p, t);
+    if (wanted(kInput)) result[kInput] = input_gradient(p, t);
+    result[kH0] = t.dh0;
+    if (wanted(kC0)) result[kC0] = t.carry;
+    for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
+  }
+  for (Tensor& gradient : result)
+    if (gradient.defined()) gradient = gradient.to(p.dtype);
+  return result;
+}
+
+template <size_t... k>
+auto as_tuple(const Gradients& g, std::index_sequence<k...>) {
+  return std::make_tuple(g[k]...);
+}
+
+}  // namespace
+
+Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
+                         const OptTensor& grad_cn, const OptTensor& input, const OptTensor& batch_sizes,
+                         const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                         const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
+                         const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse, const OptTensor& b_ih_reverse,
+                         const OptTensor& b_hh_reverse, const OptTensor& w_hr_reverse, const Tensor& output,
+                         const Tensor& saved, int64_t needs) {
+  std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
+  if (w_ih_reverse.has_value())
+    weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output.scalar_type());
+  Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
+  if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
+  return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
+}
+
+Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const OptTensor& grad_c,
+                       const OptTensor& input, const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih,
+                       const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
+                       const Tensor& saved, int64_t needs) {
+  const auto one_step = [](const OptTensor& t) { return t.has_value() ? OptTensor(t->unsqueeze(0)) : t; };
+  const Problem p(cell_traits(cell), steps_of(h.unsqueeze(0), {}), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})},
+                  h.scalar_type());
+  Gradients g = backward(p, grad_h, {}, one_step(grad_c), input, one_step(h0), one_step(c0), h, saved, needs);
+  for (int state : {kH0, kC0})
+    if (g[state].defined()) g[state] = g[state].squeeze(0);
+  return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
+}
+
+}  // namespace frnn

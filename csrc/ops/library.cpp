@@ -1,0 +1,45 @@
+// Every operator of fused_rnn, as a table of contents. Tensor shapes, with T steps, B rows, I input size, H hidden
+// size, Hr = projection size or else H, D directions, N rows of a packed input, G gates:
+//
+//   input        [T, B, I], or [N, I] with batch_sizes (int64 [T], on the CPU, not increasing)
+//   h0, c0       [D, B, Hr], [D, B, H]; absent: zero
+//   w_ih, w_hh   [G*H, I], [G*H, Hr]        b_ih, b_hh [G*H], or absent both       w_hr [P, H], LSTM only
+//   ..._reverse  the second direction's; its presence makes D = 2
+//   output       [T, B, D*Hr] or [N, D*Hr]  hn, cn as h0, c0 (cn is empty but for LSTM)
+//   saved        [D, N, kSaved*H], what the backward pass reads; empty unless `save`
+//
+// `needs` has bit k set where gradient k of the results is wanted; the others come back undefined (None).
+// These operators know no autograd: fused_rnn/ops.py and autograd.py are the way to call them.
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(fused_rnn, m) {
+  m.def(
+      "layer_forward(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
+      "Tensor? w_hr_reverse, bool save) -> (Tensor output, Tensor hn, Tensor cn, Tensor saved)");
+  m.def(
+      "layer_backward(str cell, Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, "
+      "Tensor? input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
+      "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs) -> "
+      "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, "
+      "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor w_hr_reverse)");
+  m.def(
+      "cell_forward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, bool save) -> (Tensor h, Tensor c, Tensor saved)");
+  m.def(
+      "cell_backward(str cell, Tensor? grad_h, Tensor? grad_c, Tensor? input, Tensor? h0, Tensor? c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h, Tensor saved, int needs) -> "
+      "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh)");
+}
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("layer_forward", &frnn::layer_forward);
+  m.impl("layer_backward", &frnn::layer_backward);
+  m.impl("cell_forward", &frnn::cell_forward);
+  m.impl("cell_backward", &frnn::cell_backward);
+}

@@ -1,0 +1,60 @@
+// What an operator call amounts to once its tensors are checked: sizes, weights by direction, dtype to compute in.
+#pragma once
+
+#include <vector>
+
+#include "../cells/cells.h"
+#include "../cpu/kernels.h"
+#include "ops.h"
+
+namespace frnn {
+
+// A cell's constants as run-time values (csrc/cells).
+struct CellTraits {
+  CellKind kind;
+  int gates, saved, gate_grads;
+  bool cell_state, carry, reads_previous_hidden;
+};
+CellTraits cell_traits(std::string_view name);
+
+struct DirectionWeights {
+  Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // undefined where absent
+};
+
+// Steps of a padded ([T, B, ...]) or packed ([N, ...] with batch sizes) input.
+struct Steps {
+  int64_t T, B, N;
+  std::vector<int64_t> batch_sizes, offsets, lengths;
+};
+Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes);
+
+struct Problem {
+  CellTraits cell;
+  Steps steps;
+  std::vector<DirectionWeights> weights;  // one a direction, in the dtype of the computation, contiguous
+  Shape shape;                            // points into `steps`
+  at::ScalarType dtype;                   // of the tensors that come and go
+  at::ScalarType compute;                 // float for the 16-bit types
+
+  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype);
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+
+  int64_t D() const { return static_cast<int64_t>(weights.size()); }
+  bool empty() const { return steps.N == 0 || shape.H == 0; }
+  // A tensor of the call in the computation's dtype, contiguous and of this shape, or undefined if absent.
+  Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const;
+  Tensor allocate(at::IntArrayRef sizes) const;
+};
+
+// Optional arguments of the schema, as a direction's weights.
+DirectionWeights direction_weights(const OptTensor& w_ih, const OptTensor& w_hh, const OptTensor& b_ih,
+                                   const OptTensor& b_hh, const OptTensor& w_hr);
+
+// `tensor` seen as float or double data; null if undefined.
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+}  // namespace frnn

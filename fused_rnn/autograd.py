@@ -1,0 +1,126 @@
+"""The autograd Functions: what the forward pass keeps, and what flows back.
+
+The first derivative runs in the fused kernels. A backward pass that is itself recorded (``create_graph=True``)
+recomputes through :mod:`fused_rnn.reference` instead, whose operations autograd can differentiate again, to any
+order. Classic Functions (``forward`` with ``ctx``): half the cost of a call of those with ``setup_context``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from . import ops, reference
+
+
+def _bits(wanted: Sequence[bool]) -> int:
+    return sum(1 << k for k, want in enumerate(wanted) if want)
+
+
+def _recorded_gradients(
+    compute: Callable[..., tuple[Tensor | None, ...]],
+    arguments: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of ``compute(*arguments)`` by recorded operations."""
+    # Aliases: were one tensor passed in two places (tied weights, h0 is c0), its gradient would else count twice.
+    aliases = [t.view_as(t) if want and t is not None else t for t, want in zip(arguments, wanted, strict=True)]
+    results = compute(*aliases)
+    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r is not None and g is not None]
+    inputs = [t for t, want in zip(aliases, wanted, strict=True) if want]
+    if not pairs:
+        return [None] * len(arguments)
+    found = iter(
+        torch.autograd.grad(
+            [r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
+
+
+def _keep_input(wanted: Sequence[bool], weights_ih: Sequence[int]) -> bool:
+    """Whether backward reads the input: not if neither it nor a weight that multiplies it wants a gradient."""
+    return wanted[0] or any(wanted[k] for k in weights_ih)
+
+
+_INPUT_IS_GONE = (
+    "fused_rnn: this backward pass was asked for a graph of its own (create_graph=True), which needs the layer's "
+    "input. It was not kept, since neither the input nor weight_ih required grad. Let one of them require grad."
+)
+
+
+class Layer(Function):
+    """One layer. Arguments: cell, batch_sizes, input, h0, c0, then ten weights as in ``reference.layer``."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        cell: str,
+        batch_sizes: Tensor | None,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        output, hn, cn, saved = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, True)
+        ctx.cell, ctx.batch_sizes = cell, batch_sizes
+        kept = input if _keep_input(ctx.needs_input_grad[2:], (3, 8)) else None
+        ctx.save_for_backward(kept, h0, c0, *weights, output, saved)
+        ctx.set_materialize_grads(False)
+        return output, hn, cn if cell == "lstm" else None
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *arguments, output, saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if all(g is None for g in gradients):
+            return (None,) * (2 + len(arguments))
+        if torch.is_grad_enabled():
+            if arguments[0] is None:
+                raise RuntimeError(_INPUT_IS_GONE)
+
+            def compute(input, h0, c0, *weights):
+                return reference.layer(ctx.cell, input, ctx.batch_sizes, h0, c0, *weights)
+
+            return None, None, *_recorded_gradients(compute, arguments, wanted, gradients)
+        input, *others = arguments
+        found = ops.layer_backward(
+            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, _bits(wanted)
+        )
+        return None, None, *found
+
+
+class Cell(Function):
+    """One time step. Arguments: cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        h, c, saved = ops.cell_forward(cell, input, h0, c0, *weights, True)
+        ctx.cell = cell
+        kept = input if _keep_input(ctx.needs_input_grad[1:], (3,)) else None
+        ctx.save_for_backward(kept, h0, c0, *weights, h, saved)
+        ctx.set_materialize_grads(False)
+        return h, c if cell == "lstm" else None
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *arguments, h, saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:]
+        if all(g is None for g in gradients):
+            return (None,) * (1 + len(arguments))
+        if torch.is_grad_enabled():
+            if arguments[0] is None:
+                raise RuntimeError(_INPUT_IS_GONE)
+
+            def compute(*arguments):
+                return reference.cell_step(ctx.cell, *arguments)
+
+            return None, *_recorded_gradients(compute, arguments, wanted, gradients)
+        return None, *ops.cell_backward(ctx.cell, *gradients, *arguments, h, saved, _bits(wanted))

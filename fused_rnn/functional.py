@@ -1,0 +1,182 @@
+"""The stack: layers, directions, dropout and autocast around one layer's computation, and the choice of its path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import autograd, ops, reference
+
+#: h0 or (h0, c0); each (layers * directions, batch, size).
+States = tuple[Tensor, ...]
+
+
+def _kernels_take(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the fused kernels can compute on these tensors (the first is never None).
+
+    Everything else goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for which it raises
+    torch's own errors; function transforms and forward-mode derivatives, which look inside its operations.
+    """
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    if device.type != "cpu" or dtype not in ops.DTYPES:
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            return False
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def _records(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer by the fastest path that can take it; arguments and results as in ``reference.layer``."""
+    tensors = (input, h0, c0, *weights)
+    if not _kernels_take(tensors):
+        return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
+    if _records(tensors):
+        return autograd.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
+    output, hn, cn, _ = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, False)
+    return output, hn, cn if cell == "lstm" else None
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As autocast does it: double precision is left alone."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _state_dtype(autocast: torch.dtype, device: torch.device, state: Tensor) -> torch.dtype:
+    """The dtype that a state has under autocast where torch.nn composes it of pointwise operations.
+
+    On the CPU those promote, so a float32 state stays float32 (``state`` is hx or, without one, the input). On CUDA
+    torch casts the whole recurrence.
+    """
+    return torch.promote_types(autocast, state.dtype) if device.type == "cpu" else autocast
+
+
+def cell_step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """One time step of a batch; arguments and results as in ``reference.cell_step``."""
+    autocast = _autocast_dtype(input.device)
+    if autocast is not None:
+        keeps_state = cell in ("gru", "lstm")
+        dtype = (
+            _state_dtype(autocast, input.device, input if h0 is None else h0) if keeps_state else autocast
+        )
+        input, h0, c0, *weights = (_cast(t, dtype) for t in (input, h0, c0, *weights))
+        with torch.autocast(input.device.type, enabled=False):
+            return _cell_step(cell, input, h0, c0, weights)
+    return _cell_step(cell, input, h0, c0, weights)
+
+
+def _cell_step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    tensors = (input, h0, c0, *weights)
+    if not _kernels_take(tensors):
+        return reference.cell_step(cell, input, h0, c0, *weights)
+    if _records(tensors):
+        return autograd.Cell.apply(cell, input, h0, c0, *weights)
+    h, c, _ = ops.cell_forward(cell, input, h0, c0, *weights, False)
+    return h, c if cell == "lstm" else None
+
+
+def split_weights(
+    flat: Sequence[Tensor], num_layers: int, directions: int, bias: bool, projected: bool
+) -> list[tuple[Tensor | None, ...]]:
+    """torch's flat list of a module's weights as ten a layer, None where there is no such weight."""
+    size = 2 + 2 * bias + projected
+    absent = (None,) * reference.WEIGHTS_PER_DIRECTION
+
+    def direction(start: int) -> tuple[Tensor | None, ...]:
+        w_ih, w_hh, *rest = flat[start : start + size]
+        b_ih, b_hh = rest[:2] if bias else (None, None)
+        return w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None
+
+    layers = []
+    for first in range(0, num_layers * directions * size, directions * size):
+        layers.append(direction(first) + (direction(first + size) if directions == 2 else absent))
+    return layers
+
+
+def stack(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: States | None,
+    layers: Sequence[Sequence[Tensor | None]],
+    dropout: float,
+) -> tuple[Tensor, States]:
+    """Layers one on top of the other.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
+        input: (T, B, I), or packed rows (N, I) with ``batch_sizes`` (int64 (T,) on the CPU, not increasing).
+        states: h0, and c0 for the LSTM, each (layers * directions, B, size); None means zero.
+        layers: the weights of each layer, from :func:`split_weights`.
+        dropout: probability with which outputs of every layer but the last are zeroed; 0 when not training.
+
+    Returns:
+        The last layer's output, and the final states in the form of ``states``.
+    """
+    autocast = _autocast_dtype(input.device)
+    if autocast is None:
+        return _stack(cell, input, batch_sizes, states, layers, dropout)
+    projected = layers[0][4] is not None
+    # Where torch.nn runs a fused kernel (padded LSTM), or ends a step in a matrix product, autocast's dtype wins.
+    all_low = cell in ("rnn_tanh", "rnn_relu") or (cell == "lstm" and batch_sizes is None and not projected)
+    state_dtype = _state_dtype(autocast, input.device, input if states is None else states[0])
+    dtype = autocast if all_low else state_dtype
+    given = [_cast(input, dtype), *(_cast(state, dtype) for state in states or ())]
+    layers = [[_cast(weight, dtype) for weight in weights] for weights in layers]
+    with torch.autocast(input.device.type, enabled=False):
+        output, finals = _stack(cell, given[0], batch_sizes, tuple(given[1:]) or None, layers, dropout)
+    if projected:
+        output, finals = _cast(output, autocast), (_cast(finals[0], autocast), finals[1])
+    return output, finals
+
+
+def _stack(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: States | None,
+    layers: Sequence[Sequence[Tensor | None]],
+    dropout: float,
+) -> tuple[Tensor, States]:
+    h0, c0 = (*(states or ()), None, None)[:2]
+    if len(layers) == 1:
+        output, hn, cn = layer(cell, input, batch_sizes, h0, c0, layers[0])
+        return output, (hn,) if cn is None else (hn, cn)
+
+    directions = 1 if layers[0][reference.WEIGHTS_PER_DIRECTION] is None else 2
+    last_h, last_c = [], []
+    for k, weights in enumerate(layers):
+        first = k * directions
+        h = None if h0 is None else h0.narrow(0, first, directions)
+        c = None if c0 is None else c0.narrow(0, first, directions)
+        input, hn, cn = layer(cell, input, batch_sizes, h, c, weights)
+        last_h.append(hn)
+        last_c.append(cn)
+        if dropout > 0 and k < len(layers) - 1:
+            input = torch.dropout(input, dropout, True)
+    return input, (torch.cat(last_h),) if cell != "lstm" else (torch.cat(last_h), torch.cat(last_c))

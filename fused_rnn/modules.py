@@ -1,0 +1,277 @@
+"""RNN, LSTM and GRU: parameters, input forms and errors of the classes of the same names in ``torch.nn``.
+
+Parameters, their names, their initialisation and the bookkeeping of replaced weights are those of
+``torch.nn.RNNBase``; a ``state_dict`` loads either way. Only the computation is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, packed
+from .functional import States
+
+_PROJ_ONLY_LSTM = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
+class _Recurrent(nn.RNNBase):
+    """What the three layers share: from any form of input to the stack and back."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels take weights as they lie. Kept for code that calls it."""
+
+    # Hidden states: the user's form, a tensor or (LSTM) a pair, and the inner one, a tuple.
+
+    def _states(self, hx: Any, batched: bool) -> States:
+        if hx.dim() != (3 if batched else 2):
+            raise RuntimeError(
+                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx should also be "
+                f"{3 if batched else 2}-D but got {hx.dim()}-D tensor"
+            )
+        return (hx,)
+
+    def _hidden(self, states: States) -> Any:
+        return states[0]
+
+    def _bad_rank(self, dim: int) -> str:
+        return f"{type(self).__name__}: Expected input to be 2D or 3D, got {dim}D instead"
+
+    def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        if states is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, self._hidden(states), batch_sizes)
+        if batch_sizes is None and input.size(1 if self.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """Runs the layers over a batch of sequences.
+
+        Args:
+            input: (T, B, I); (B, T, I) with ``batch_first``; (T, I) for one sequence; or a ``PackedSequence``.
+            hx: initial hidden state (D * num_layers, B, H), or (D * num_layers, H) for one sequence; for the LSTM a
+                pair (h0, c0), h0 of ``proj_size`` if that is set. Zero if absent.
+
+        Returns:
+            Output (T, B, D * H) in the form of ``input``, and the final states in the form of ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: as ``torch.nn`` does, for wrong ranks, sizes and dtypes.
+        """
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(self._bad_rank(input.dim()))
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        states = None if hx is None else self._states(hx, batched)
+        if states is not None and not batched:
+            states = tuple(state.unsqueeze(1) for state in states)
+        self._check(input, states, None)
+        output, states = self._run(input.transpose(0, 1) if self.batch_first else input, None, states)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not batched:
+            output, states = output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
+        return output, self._hidden(states)
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        states = None if hx is None else self._states(hx, batched=True)
+        self._check(input.data, states, input.batch_sizes)
+        states = packed.reorder(states, input.sorted_indices)
+        rows, states = self._run(input.data, input.batch_sizes, states)
+        return packed.repack(rows, input), self._hidden(packed.reorder(states, input.unsorted_indices))
+
+    def _run(
+        self, input: Tensor, batch_sizes: Tensor | None, states: States | None
+    ) -> tuple[Tensor, States]:
+        layers = functional.split_weights(
+            self._flat_weights,
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            self.bias,
+            self.proj_size > 0,
+        )
+        dropout = self.dropout if self.training else 0.0
+        return functional.stack(self.mode.lower(), input, batch_sizes, states, layers, dropout)
+
+
+class RNN(_Recurrent):
+    r"""Elman network, drop-in for ``torch.nn.RNN``.
+
+    :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`, or relu for tanh (formula and arguments:
+    documentation of ``torch.nn.RNN``).
+
+    Args:
+        input_size, hidden_size: features of input and state.
+        num_layers: layers stacked on one another.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are b_ih and b_hh.
+        batch_first: input and output are (B, T, features) in place of (T, B, features). Never applies to hx.
+        dropout: probability of zeroing outputs of every layer but the last, in training.
+        bidirectional: adds a second direction; outputs are concatenated.
+        device, dtype: of the parameters. float32, float64, float16 and bfloat16 have kernels.
+
+    Raises:
+        TypeError, ValueError: as ``torch.nn.RNN`` does.
+
+    Example::
+
+        rnn = fused_rnn.RNN(10, 20, num_layers=2)
+        output, hn = rnn(torch.randn(5, 3, 10))  # (5, 3, 20), (2, 3, 20)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unsupported: Any,
+    ) -> None:
+        _refuse(unsupported)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _bad_rank(self, dim: int) -> str:
+        return f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead"
+
+
+class GRU(_Recurrent):
+    r"""Gated recurrent unit, drop-in for ``torch.nn.GRU``.
+
+    Reset gate applied after the recurrent product, :math:`n_t = \tanh(W_{in} x_t + b_{in} + r_t * (W_{hn} h_{t-1} +
+    b_{hn}))` (formulas and arguments: documentation of ``torch.nn.GRU``). Arguments and errors as in :class:`RNN`,
+    without ``nonlinearity``.
+
+    Example::
+
+        gru = fused_rnn.GRU(10, 20, bidirectional=True)
+        output, hn = gru(torch.randn(5, 3, 10))  # (5, 3, 40), (2, 3, 20)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unsupported: Any,
+    ) -> None:
+        _refuse(unsupported)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class LSTM(_Recurrent):
+    r"""Long short-term memory, drop-in for ``torch.nn.LSTM``.
+
+    Formulas and arguments: documentation of ``torch.nn.LSTM``. Arguments and errors as in :class:`RNN`, without
+    ``nonlinearity``.
+
+    Args:
+        proj_size: if positive, h_t is projected to this size (https://arxiv.org/abs/1402.1128).
+
+    Example::
+
+        lstm = fused_rnn.LSTM(10, 20)
+        output, (hn, cn) = lstm(torch.randn(5, 3, 10))  # (5, 3, 20), ((1, 3, 20), (1, 3, 20))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+
+    # A pair of states in the places where the base class has one; these methods are part of torch's interface.
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def _states(self, hx: Any, batched: bool) -> States:
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        h0, c0 = hx
+        rank = 3 if batched else 2
+        if h0.dim() != rank or c0.dim() != rank:
+            raise RuntimeError(
+                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should also be {rank}-D "
+                f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+            )
+        return h0, c0
+
+    def _hidden(self, states: States) -> Any:
+        return states
+
+
+def _refuse(unsupported: dict[str, Any]) -> None:
+    """Keyword arguments that RNN and GRU do not have; torch names one of them."""
+    if "proj_size" in unsupported:
+        raise ValueError(_PROJ_ONLY_LSTM)
+    if unsupported:
+        name = next(iter(unsupported))
+        raise TypeError(f"RNNBase.__init__() got an unexpected keyword argument '{name}'")

@@ -1,0 +1,147 @@
+"""The operators' mathematics in plain PyTorch: any dtype, any device, differentiable to any order.
+
+It is the oracle of the tests, the path of everything that the kernels do not do (complex numbers, other devices,
+function transforms), and what double backward recomputes through. The formulas are those of the documentation of
+``torch.nn.RNN``, ``torch.nn.LSTM`` and ``torch.nn.GRU``; ``csrc/cells`` holds their fused twins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Of one direction: w_ih, w_hh, b_ih, b_hh, w_hr; a layer's weights are two of these in a row.
+WEIGHTS_PER_DIRECTION = 5
+
+State = tuple[Tensor, Tensor | None]
+
+
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
+    def step(gates_x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None) -> State:
+        return activation(gates_x + F.linear(h, w_hh, b_hh)), c
+
+    return step
+
+
+def _gru(gates_x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None) -> State:
+    r_x, z_x, n_x = gates_x.chunk(3, -1)
+    r_h, z_h, n_h = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return n + z * (h - n), c
+
+
+def _lstm(gates_x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None) -> State:
+    assert c is not None
+    i, f, g, o = (gates_x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+#: One time step of each cell: (W_ih x + b_ih, h, c, w_hh, b_hh) -> (h', c'). c is None but for the LSTM.
+STEPS: dict[str, Callable[..., State]] = {
+    "rnn_tanh": _rnn(torch.tanh),
+    "rnn_relu": _rnn(torch.relu),
+    "gru": _gru,
+    "lstm": _lstm,
+}
+
+
+def _rows_for(state: Tensor | None, initial: Tensor | None, rows: int) -> Tensor | None:
+    """The state of the first ``rows`` rows; rows that were not there a step earlier start from ``initial``."""
+    if state is None or initial is None or state.size(0) == rows:
+        return state
+    if state.size(0) > rows:
+        return state[:rows]
+    return torch.cat([state, initial[state.size(0) : rows]])
+
+
+def _scan(
+    cell: str,
+    steps: Sequence[Tensor],
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    reverse: bool,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """One direction over the input sides of all steps; rows of a step: longest sequence first."""
+    step = STEPS[cell]
+    first_rows = steps[-1 if reverse else 0].size(0)
+    h, c = h0[:first_rows], None if c0 is None else c0[:first_rows]
+    outputs: list[Tensor] = []
+    ended: list[State] = []  # states of the sequences that ended, shortest first
+    for gates_x in reversed(steps) if reverse else steps:
+        rows = gates_x.size(0)
+        if rows < h.size(0):
+            ended.append((h[rows:], None if c is None else c[rows:]))
+        h, c = _rows_for(h, h0, rows), _rows_for(c, c0, rows)
+        h, c = step(gates_x, h, c, w_hh, b_hh)
+        if w_hr is not None:
+            h = F.linear(h, w_hr)
+        outputs.append(h)
+    if ended:
+        h = torch.cat([h, *(state[0] for state in reversed(ended))])
+        if c is not None:
+            c = torch.cat([c, *(state[1] for state in reversed(ended) if state[1] is not None)])
+    return (outputs[::-1] if reverse else outputs), h, c
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, one or two directions; shapes as in ``csrc/ops/library.cpp``.
+
+    Args:
+        cell: a key of :data:`STEPS`.
+        input: (T, B, I), or (N, I) with ``batch_sizes``.
+        h0: (D, B, Hr); None means zero.
+        c0: (D, B, H); None means zero, and is all that cells other than the LSTM take.
+        weights: w_ih, w_hh, b_ih, b_hh, w_hr of the first direction, then of the second (None: no such).
+
+    Returns:
+        output (T, B, D*Hr) or (N, D*Hr), hn like h0, and cn like c0, or None but for the LSTM.
+    """
+    directions = [d for d in (weights[:WEIGHTS_PER_DIRECTION], weights[WEIGHTS_PER_DIRECTION:]) if d[0] is not None]
+    batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+    sizes = None if batch_sizes is None else batch_sizes.tolist()
+    outputs, last_h, last_c = [], [], []
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions):
+        h = input.new_zeros(batch, w_hh.size(1)) if h0 is None else h0[d]
+        c = None
+        if cell == "lstm":
+            c = input.new_zeros(batch, w_hh.size(0) // 4) if c0 is None else c0[d]
+        gates_x = F.linear(input, w_ih, b_ih)
+        steps = gates_x.unbind(0) if sizes is None else gates_x.split(sizes)
+        rows, h, c = _scan(cell, steps, h, c, w_hh, b_hh, w_hr, reverse=d == 1)
+        outputs.append(torch.stack(rows) if sizes is None else torch.cat(rows))
+        last_h.append(h)
+        last_c.append(c)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return output, torch.stack(last_h), torch.stack(last_c) if cell == "lstm" else None
+
+
+def cell_step(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> State:
+    """One time step of a batch: input (B, I), h0 and c0 (B, H) or None for zero. Returns h' and c' (LSTM) or None."""
+    zeros = (input.size(0), w_hh.size(1))
+    h = input.new_zeros(zeros) if h0 is None else h0
+    c = input.new_zeros(zeros) if c0 is None and cell == "lstm" else c0
+    return STEPS[cell](F.linear(input, w_ih, b_ih), h, c, w_hh, b_hh)
