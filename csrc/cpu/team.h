@@ -44,7 +44,7 @@ class alignas(64) Barrier {
   }
 
  private:
-  static constexpr int kSpins = 4096;
+  static constexpr int kSpins = 1024;
   std::atomic<int> arrived_{0};
   std::atomic<int> phase_{0};
 };

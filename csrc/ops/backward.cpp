@@ -9,6 +9,7 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <array>
 
 #include "problem.h"
@@ -102,6 +103,21 @@ Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
   return result;
 }
 
+// result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
+// thousands of rows would be several times less accurate. BLAS libraries sum large products in blocks by themselves,
+// small and narrow ones they do not: those are summed here in chunks of rows.
+void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
+  constexpr int64_t kSmall = 1 << 17;
+  const int64_t rows = a.size(0);
+  const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
+  Tensor sum = result;
+  at::mm_out(sum, a.narrow(0, 0, std::min(chunk, rows)).t(), b.narrow(0, 0, std::min(chunk, rows)));
+  for (int64_t first = chunk; first < rows; first += chunk) {
+    const int64_t count = std::min(chunk, rows - first);
+    sum.add_(at::mm(a.narrow(0, first, count).t(), b.narrow(0, first, count)));
+  }
+}
+
 void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
                           Tensor* gradients) {
   const Shape& s = p.shape;
@@ -113,14 +129,15 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
   if (wanted.weight(d, kWih)) {
     result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
     for (const InputSide& side : sides) {
-      Tensor rows = result[kWih].narrow(0, side.row, side.count);
-      at::mm_out(rows, dgates.narrow(1, side.column, side.count).t(), t.x);
+      product_over_rows(result[kWih].narrow(0, side.row, side.count),
+                            dgates.narrow(1, side.column, side.count), t.x, s.B);
     }
   }
   if (wanted.weight(d, kWhh)) {
     const Tensor h_prev =
         p.compute == at::kFloat ? previous_hidden<float>(p, t, d) : previous_hidden<double>(p, t, d);
-    result[kWhh] = at::mm(recurrent.t(), h_prev);
+    result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
+    product_over_rows(result[kWhh], recurrent, h_prev, s.B);
   }
   if (wanted.weight(d, kBhh)) result[kBhh] = recurrent.sum(0);
   if (wanted.weight(d, kBih)) {
@@ -134,7 +151,8 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
   if (wanted.weight(d, kWhr)) {
     const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
     const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
-    result[kWhr] = at::mm(t.dproj[d].t(), hidden);
+    result[kWhr] = p.allocate({s.P, s.H});
+    product_over_rows(result[kWhr], t.dproj[d], hidden, s.B);
   }
 }
 
@@ -235,6 +253,7 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse, const OptTensor& b_ih_reverse,
                          const OptTensor& b_hh_reverse, const OptTensor& w_hr_reverse, const Tensor& output,
                          const Tensor& saved, int64_t needs) {
+  const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
     weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
@@ -248,6 +267,7 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
                        const OptTensor& input, const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih,
                        const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
                        const Tensor& saved, int64_t needs) {
+  const PlainDispatch guard;
   const auto one_step = [](const OptTensor& t) { return t.has_value() ? OptTensor(t->unsqueeze(0)) : t; };
   const Problem p(cell_traits(cell), steps_of(h.unsqueeze(0), {}), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})},
                   h.scalar_type());

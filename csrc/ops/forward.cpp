@@ -87,6 +87,7 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
                        const OptTensor& b_hh, const OptTensor& w_hr, const OptTensor& w_ih_reverse,
                        const OptTensor& w_hh_reverse, const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                        const OptTensor& w_hr_reverse, bool save) {
+  const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
     weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
@@ -99,6 +100,7 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
 Tensors3 cell_forward(std::string_view cell, const Tensor& input, const OptTensor& h0, const OptTensor& c0,
                       const Tensor& w_ih, const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh,
                       bool save) {
+  const PlainDispatch guard;
   TORCH_CHECK(input.dim() == 2, "fused_rnn: a cell's input must be 2-D, got ", input.dim(), "-D");
   const auto one_step = [](const OptTensor& t) { return t.has_value() ? OptTensor(t->unsqueeze(0)) : t; };
   const Problem p(cell_traits(cell), steps_of(input.unsqueeze(0), {}),

@@ -1,6 +1,9 @@
 // What an operator call amounts to once its tensors are checked: sizes, weights by direction, dtype to compute in.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include <vector>
 
 #include "../cells/cells.h"
@@ -8,6 +11,13 @@
 #include "ops.h"
 
 namespace frnn {
+
+// The tensor operations inside an operator record nothing and cast nothing: autograd and autocast have been dealt
+// with in Python by then, and would only cost time or, autocast, change the dtypes agreed on.
+struct PlainDispatch {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 // A cell's constants as run-time values (csrc/cells).
 struct CellTraits {
