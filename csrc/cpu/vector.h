@@ -14,6 +14,7 @@ inline namespace FRNN_ISA {
 template <class T>
 struct Real;
 
+// e^kExpMax is finite, and its inverse below the smallest normal number: sigmoid ends in exact zero.
 // kShift is 1.5 * 2^mantissa bits: adding it rounds to an integer and leaves that integer in the lowest bits.
 template <>
 struct Real<float> {
@@ -30,7 +31,7 @@ struct Real<double> {
   typedef int64_t NativeInt __attribute__((vector_size(FRNN_VECTOR_BYTES)));
   static constexpr double kShift = 6755399441055744.0, kLog2e = 1.4426950408889634;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpMax = 708.0, kTanhMax = 20.0;
+  static constexpr double kExpMax = 709.0, kTanhMax = 20.0;
   static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
 };
 
@@ -44,7 +45,7 @@ struct Vec {
 
   FRNN_HD Vec() {}
   FRNN_HD Vec(Native n) : v(n) {}
-  explicit FRNN_HD Vec(T x) : v(Native{} + x) {}
+  explicit FRNN_HD Vec(T x) : v(x - Native{}) {}  // a difference keeps the sign of -0.0, a sum does not
 
   friend FRNN_HD Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend FRNN_HD Vec operator-(Vec a, Vec b) { return a.v - b.v; }

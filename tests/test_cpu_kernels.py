@@ -1,0 +1,212 @@
+"""The CPU kernels below the operators: instruction sets, threads, elementary functions, floating-point state, plans."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_rnn import _C, ops, reference
+
+from test_ops import CELLS, make_layer, wanted_bits
+
+
+def run(cell: str, arguments: list[Tensor | None]) -> list[Tensor]:
+    """Results and gradients of one call, gradients of all results being one."""
+    output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
+    ones = [torch.ones_like(output), torch.ones_like(hn), torch.ones_like(cn) if cell == "lstm" else None]
+    found = ops.layer_backward(cell, *ones, *arguments, output, saved, wanted_bits(arguments))
+    return [output, hn, cn, *(g for g in found if g is not None)]
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("H", [1, 5, 16, 31, 67, 150])
+def test_every_instruction_set_agrees_with_reference(cell: str, H: int, dtype: torch.dtype, isa: str) -> None:
+    _C.set_isa(isa)
+    assert _C.isa() == isa
+    for B in (1, 6, 23):  # one row; one tile; several tiles with a remainder
+        arguments = make_layer(cell, 4, B, 3, H, directions=2, packed=True, dtype=dtype)
+        exact = [a.double() if a is not None and a.is_floating_point() else a for a in arguments]
+        for ours, theirs in zip(
+            ops.layer_forward(cell, *arguments, False)[:2], reference.layer(cell, *exact), strict=False
+        ):
+            # Sums of H + 3 products of order 1, each rounded; relu states of a few steps grow to some tens.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(ours.double(), theirs, rtol=100 * eps, atol=20 * (H + 3) ** 0.5 * eps)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("T, B, H", [(3, 1, 40), (6, 2, 200), (5, 64, 48), (4, 40, 300)])
+def test_repeats_are_bit_identical(cell: str, T: int, B: int, H: int) -> None:
+    arguments = make_layer(cell, T, B, 7, H, directions=2, dtype=torch.float32)
+    torch.set_num_threads(2)
+    first = run(cell, arguments)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(cell, arguments), first, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("T, B, H, proj", [(9, 1, 300, 0), (9, 3, 300, 40), (7, 90, 40, 0), (7, 90, 40, 9), (6, 30, 170, 0)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_threads_change_no_result(cell: str, T: int, B: int, H: int, proj: int, directions: int) -> None:
+    """The scan gives the same bits however it is spread; only the matrix products around it may differ."""
+    proj = proj if cell == "lstm" else 0
+    arguments = make_layer(cell, T, B, 8, H, directions=directions, proj=proj, packed=True, dtype=torch.float32)
+    torch.set_num_threads(1)
+    alone = run(cell, arguments)
+    torch.set_num_threads(4)  # more than the machine may have: the barrier must live with that
+    together = run(cell, arguments)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_python_threads_may_call_at_once() -> None:
+    arguments = make_layer("lstm", 20, 4, 16, 96, dtype=torch.float32)
+    expected = ops.layer_forward("lstm", *arguments, False)[0]
+    failures: list[str] = []
+
+    def work() -> None:
+        for _ in range(10):
+            if not torch.equal(ops.layer_forward("lstm", *arguments, False)[0], expected):
+                failures.append("another result")
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert not any(worker.is_alive() for worker in workers), "a call hangs"
+    assert not failures
+
+
+def test_works_in_a_forked_child() -> None:
+    """As in a DataLoader worker: the parent has used its threads, the child computes on one."""
+    code = """
+import os, torch, fused_rnn
+layer = fused_rnn.LSTM(64, 128)
+x = torch.randn(30, 16, 64)
+torch.set_num_threads(2)
+expected = layer(x)[0].detach()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.allclose(layer(x)[0], expected, atol=1e-5) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_denormals_are_flushed_inside_and_the_caller_keeps_its_setting() -> None:
+    tiny = torch.tensor([1e-40])
+    weights = [torch.zeros(1, 1), torch.zeros(1, 1), None, None, None] + [None] * 5
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        try:
+            kept = (tiny * 1).item() != 0
+            ops.layer_forward("rnn_relu", tiny.view(1, 1, 1), None, None, None, *weights, False)
+            assert ((tiny * 1).item() != 0) == kept
+        finally:
+            torch.set_flush_denormal(False)
+    state = tiny.view(1, 1, 1)
+    weights[1] = torch.ones(1, 1)
+    output = ops.layer_forward("rnn_relu", torch.zeros(1, 1, 1), None, state, None, *weights, False)[0]
+    assert output.item() == 0
+
+
+def activations(x: Tensor) -> dict[str, Tensor]:
+    """The kernels' tanh and sigmoid of x, through cells whose only input is x itself."""
+    one, zero = torch.ones(1, 1, dtype=x.dtype), torch.zeros(1, 1, dtype=x.dtype)
+    absent = [None] * 8
+    column = x.view(1, -1, 1)  # one step of many rows: no value meets another
+    tanh = ops.layer_forward("rnn_tanh", column, None, None, None, one, zero, *absent, False)[0]
+    four = torch.ones(4, 1, dtype=x.dtype)
+    saved = ops.layer_forward("lstm", column, None, None, None, four, 0 * four, *absent, True)[3]
+    return {"tanh": tanh.flatten(), "sigmoid": saved.view(-1, 5)[:, 0]}
+
+
+def ulps(found: Tensor, exact: Tensor) -> float:
+    """Largest error in units of the last place of the exact value (float32)."""
+    exponent = torch.frexp(exact.abs().clamp_min(2.0**-125))[1]
+    return ((found.double() - exact).abs() * torch.exp2(24.0 - exponent.double())).max().item()
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_activations_are_accurate(isa: str) -> None:
+    _C.set_isa(isa)
+    x = torch.cat([torch.linspace(-20, 20, 400_000), torch.randn(400_000) * 0.1, torch.logspace(-30, 1, 80_000)])
+    found = activations(x)
+    # Without a fused multiply-add the remainder of tanh's division is rounded. torch's own sigmoid reaches 2.0.
+    assert ulps(found["tanh"], x.double().tanh()) <= (2.5 if isa == "portable" else 1.75)
+    assert ulps(found["sigmoid"], x.double().sigmoid()) <= 2.5
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_at_the_edges(dtype: torch.dtype, isa: str) -> None:
+    _C.set_isa(isa)
+    inf = float("inf")
+    x = torch.tensor([0.0, -0.0, inf, -inf, float("nan"), 1e4, -1e4, 1e-30], dtype=dtype)
+    found = activations(x)
+    tanh, sigmoid = found["tanh"], found["sigmoid"]
+    assert tanh[:4].tolist() == [0.0, -0.0, 1.0, -1.0]
+    assert tanh[5:].tolist() == [1.0, -1.0, x[7].item()]
+    assert sigmoid[:4].tolist() == [0.5, 0.5, 1.0, 0.0]
+    assert sigmoid[5:].tolist() == [1.0, 0.0, 0.5]
+    assert tanh[4].isnan()
+    assert sigmoid[4].isnan()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_output_as_in_reference(cell: str, value: float) -> None:
+    arguments = make_layer(cell, 4, 3, 5, 20, dtype=torch.float32)
+    arguments[0][1, 1, 2] = value
+    ours, theirs = ops.layer_forward(cell, *arguments, False)[0], reference.layer(cell, *arguments)[0]
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    finite = theirs.isfinite()
+    torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-4, atol=1e-4)
+
+
+def plan(cell: str = "lstm", **sizes: int) -> dict:
+    return _C.cpu_plan(cell, **{"T": 50, "B": 32, "I": 256, "H": 256, "threads": 2, **sizes})
+
+
+def test_plan_spreads_what_is_worth_it() -> None:
+    assert plan(T=1, B=1)["strategy"] == "direct"
+    assert plan()["strategy"] == "packed"
+    assert plan(T=2, B=1, I=4, H=4)["threads"] == 1
+    assert plan(threads=1)["threads"] == 1
+    assert plan(H=1024)["unit_groups"] == 2
+    assert plan(directions=2)["direction_groups"] == 2
+    assert plan(H=16, B=512)["row_groups"] == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8, 64])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_plan_never_takes_more_threads_than_there_are(threads: int, directions: int) -> None:
+    for cell in CELLS:
+        for H in (1, 17, 300, 2048):
+            for B in (1, 7, 256):
+                found = plan(cell, H=H, B=B, threads=threads, directions=directions)
+                groups = found["direction_groups"] * found["unit_groups"] * found["row_groups"]
+                assert 1 <= groups == found["threads"] <= threads
+                assert found["why"]
+
+
+def test_plan_refuses_nonsense() -> None:
+    for wrong in ({"T": 0}, {"threads": 0}, {"directions": 3}, {"P": -1}, {"itemsize": 2}):
+        with pytest.raises(ValueError, match="cpu_plan"):
+            plan(**wrong)
+    with pytest.raises(ValueError, match="unknown cell"):
+        plan("qrnn")
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown instruction set 'avx9000'"):
+        _C.set_isa("avx9000")
