@@ -7,6 +7,7 @@ or compute with yesterday's kernels: both are refused here, once, at import.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,15 +30,16 @@ def build_command() -> str:
 
 def load() -> ModuleType:
     """Returns `fused_rnn._C`, or raises ImportError with the reason and the command that mends it."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    # Looked for by hand: an editable install's finder would bring another copy's extension.
+    if not any((_PACKAGE / f"_C{suffix}").exists() for suffix in suffixes):
+        others = sorted(path.name for path in _PACKAGE.glob("_C*.so"))
+        found = f" for this Python (found only {', '.join(others)})" if others else ""
+        raise ImportError(_message(f"its compiled extension is missing{found}"))
     try:
         extension = importlib.import_module("fused_rnn._C")
     except ImportError as error:
-        others = sorted(path.name for path in _PACKAGE.glob("_C*.so"))
-        if isinstance(error, ModuleNotFoundError):
-            reason = "its compiled extension is missing"
-            reason += f" for this Python (found only {', '.join(others)})" if others else ""
-        else:
-            reason = f"its compiled extension does not load with torch {torch.__version__}: {error}"
+        reason = f"its compiled extension does not load with torch {torch.__version__}: {error}"
         raise ImportError(_message(reason)) from error
     check(extension)
     return extension

@@ -23,24 +23,22 @@ class _Cell(nn.RNNCellBase):
                 f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead"
             )
 
+    def _bad_state(self, k: int, state: Tensor, batch: int) -> str:
+        if state.size(0) != batch:
+            return f"Input batch size {batch} doesn't match hidden{k} batch size {state.size(0)}"
+        return f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+
     def _step(self, cell: str, input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """One step of input (B, I) or (I,) and states of the same rank, sizes checked as torch checks them."""
         batched = input.dim() == 2
         if not batched:
             input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
-        if input.size(1) != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
-            )
+        batch, features = input.shape
+        if features != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {self.input_size}")
         for k, state in enumerate(states):
-            if state.size(0) != input.size(0):
-                raise RuntimeError(
-                    f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
-                )
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
+            if state.shape != (batch, self.hidden_size):
+                raise RuntimeError(self._bad_state(k, state, batch))
         h0, c0 = (*states, None, None)[:2]
         h, c = functional.cell_step(
             cell, input, h0, c0, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

@@ -20,12 +20,11 @@ def _kernels_take(tensors: Sequence[Tensor | None]) -> bool:
     Everything else goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for which it raises
     torch's own errors; function transforms and forward-mode derivatives, which look inside its operations.
     """
-    first = tensors[0]
-    dtype, device = first.dtype, first.device
-    if device.type != "cpu" or dtype not in ops.DTYPES:
+    dtype = tensors[0].dtype
+    if dtype not in ops.DTYPES:
         return False
     for tensor in tensors:
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype):
             return False
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 

@@ -65,7 +65,7 @@ def describe(info: dict[str, Any]) -> str:
         "python": f"{info['python']} on {info['platform']}",
         "extension": info["extension"],
         "CPU kernels": f"{info['isa']} in use, of {', '.join(info['isas'])}; {info['threads']} threads",
-        "CUDA kernels": ", ".join(info["cuda_archs"]) or "none: built without nvcc",
+        "CUDA kernels": ", ".join(info["cuda_archs"]) or "none: built for the CPU alone",
         "GPU": gpu,
     }
     width = max(map(len, lines))

@@ -120,12 +120,13 @@ def choose_archs(toolkit: Toolkit, environ: Mapping[str, str], gpus: list[str]) 
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """nvcc of CUDA_HOME or CUDA_PATH, else of PATH, else of /usr/local/cuda; None when there is none."""
-    candidates = [
-        Path(environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)
-    ]
-    on_path = shutil.which("nvcc", path=environ.get("PATH"))
-    candidates += ([Path(on_path)] if on_path else []) + [Path("/usr/local/cuda/bin/nvcc")]
+    """nvcc of CUDA_HOME or CUDA_PATH if one is set, else of PATH or /usr/local/cuda; None without one."""
+    folders = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    candidates = [Path(folder, "bin", "nvcc") for folder in folders]
+    if not candidates:
+        on_path = shutil.which("nvcc", path=environ.get("PATH", os.defpath))
+        candidates = [Path(on_path)] if on_path else []
+        candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     for nvcc in candidates:
         if os.access(nvcc, os.X_OK) and (toolkit := _ask(nvcc)):
             return toolkit

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <new>
+#include <utility>
 
 #include "../args.h"
 #include "kernels.h"

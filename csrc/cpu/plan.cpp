@@ -8,8 +8,8 @@ namespace {
 // whole call it is not repaid.
 constexpr int64_t kDirectRows = 4;
 
-// Waking a team costs about 1 us, some 40,000 multiply-adds of one core.
-constexpr int64_t kTeamWork = 1 << 16;
+// Waking a team costs 1 us on an idle machine and much more on a busy one; 262,144 multiply-adds take a core 10 us.
+constexpr int64_t kTeamWork = 1 << 18;
 
 // A barrier costs about 0.15 us; below this many multiply-adds a step and thread (about 0.2 us) it is not repaid.
 constexpr int64_t kBarrierWork = 1 << 13;

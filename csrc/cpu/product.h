@@ -72,44 +72,46 @@ void packed_product(const T* const* a, int rows, int64_t K, const T* weights, in
   return packed_product_of<T, kLanes, 1>(a, K, weights, stride, acc);
 }
 
-// Dot products of kRowsOfW rows of weights, `stride` apart, with one row a: out[j * out_stride].
-template <class T, int kRowsOfW>
-FRNN_HD void dot_products(const T* a, int64_t K, const T* weights, int64_t stride, T* out, int64_t out_stride) {
+// One row a times a vector's worth of rows of weights, K apart: their dot products. Rows from `rows` on repeat the
+// last one; the caller drops what they give.
+template <class T>
+FRNN_HD Vec<T> dot_products(const T* a, int64_t K, const T* weights, int64_t rows) {
   using V = Vec<T>;
-  V sums[kRowsOfW];
-#pragma GCC unroll 8
-  for (int j = 0; j < kRowsOfW; ++j) sums[j] = V(T(0));
+  const T* w[V::kSize];
+  V sums[V::kSize];
+#pragma GCC unroll 16
+  for (int j = 0; j < V::kSize; ++j) {
+    w[j] = weights + (j < rows ? j : rows - 1) * K;
+    sums[j] = V(T(0));
+  }
   int64_t k = 0;
   for (; k + V::kSize <= K; k += V::kSize) {
     const V x = load(a + k);
-#pragma GCC unroll 8
-    for (int j = 0; j < kRowsOfW; ++j) sums[j].v += load(weights + j * stride + k).v * x.v;
+#pragma GCC unroll 16
+    for (int j = 0; j < V::kSize; ++j) sums[j].v += load(w[j] + k).v * x.v;
   }
   if (k < K) {
     const int n = static_cast<int>(K - k);
     const V x = load(a + k, n);
-    for (int j = 0; j < kRowsOfW; ++j) sums[j].v += load(weights + j * stride + k, n).v * x.v;
+#pragma GCC unroll 16
+    for (int j = 0; j < V::kSize; ++j) sums[j].v += load(w[j] + k, n).v * x.v;
   }
-  for (int j = 0; j < kRowsOfW; ++j) out[j * out_stride] = sum(sums[j]);
+  return sums_of(sums);
 }
 
-// acc[r][l][u] = a[r] . weights[gate * gate_rows + unit] for the `units` units from `unit` on, where lane
-// l = gate * kVectors + v and unit = first + v * kSize + u. weights: [gates * gate_rows, K].
+// acc[r][gate][u] = a[r] . weights[gate * gate_rows + first + u] for the kVectors * kSize units u of a panel.
+// weights: [gates * gate_rows, K].
 template <class T, int kGates, int kVectors>
 void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows, int64_t first,
                     T* acc) {
   constexpr int kSize = Vec<T>::kSize;
-  constexpr int kUnits = kVectors * kSize;
-  const int64_t units = gate_rows - first < kUnits ? gate_rows - first : kUnits;
   for (int r = 0; r < rows; ++r)
-    for (int g = 0; g < kGates; ++g) {
-      const T* w = weights + (g * gate_rows + first) * K;
-      T* out = acc + (r * kGates + g) * kUnits;
-      int64_t u = 0;
-      for (; u + 8 <= units; u += 8) dot_products<T, 8>(a[r], K, w + u * K, K, out + u, 1);
-      for (; u < units; ++u) dot_products<T, 1>(a[r], K, w + u * K, K, out + u, 1);
-      for (; u < kUnits; ++u) out[u] = T(0);
-    }
+    for (int g = 0; g < kGates; ++g)
+      for (int v = 0; v < kVectors && first + v * kSize < gate_rows; ++v) {
+        const int64_t row = first + v * kSize;
+        store(acc + ((r * kGates + g) * kVectors + v) * kSize,
+              dot_products(a[r], K, weights + (g * gate_rows + row) * K, gate_rows - row));
+      }
 }
 
 // weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on, zero beyond.

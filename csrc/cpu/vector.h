@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #include "../cells/math.h"
 
 namespace frnn {
@@ -78,16 +80,22 @@ FRNN_HD void store(T* p, Vec<T> x, int n) {
   for (int k = 0; k < n; ++k) p[k] = x.v[k];
 }
 
-// Sum of all values of a vector, by halves: a fixed order, hence a reproducible result.
+// Sums of neighbours: those of a in the lower half of the result, those of b in the upper.
+template <class T, class I, I... k>
+FRNN_HD Vec<T> pair_sums(Vec<T> a, Vec<T> b, std::integer_sequence<I, k...>) {
+  using NativeInt = typename Vec<T>::NativeInt;  // written out, the indices become constants of the instruction
+  return __builtin_shuffle(a.v, b.v, NativeInt{(2 * k)...}) + __builtin_shuffle(a.v, b.v, NativeInt{(2 * k + 1)...});
+}
+
+// As many vectors as one has values -> one vector of their sums, in a fixed order of additions.
 template <class T>
-FRNN_HD T sum(Vec<T> x) {
+FRNN_HD Vec<T> sums_of(Vec<T>* x) {
+  constexpr int kSize = Vec<T>::kSize;
 #pragma GCC unroll 4
-  for (int half = Vec<T>::kSize / 2; half > 0; half /= 2) {
-    typename Vec<T>::NativeInt partner;
-    for (int k = 0; k < Vec<T>::kSize; ++k) partner[k] = k ^ half;
-    x.v += __builtin_shuffle(x.v, partner);
-  }
-  return x.v[0];
+  for (int count = kSize / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < count; ++k) x[k] = pair_sums(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kSize>());
+  return x[0];
 }
 
 // e^x = 2^n e^r with r in [-ln2/2, ln2/2]. Returns 2^n and e^r - 1 apart, so that expm1 loses nothing near zero.

@@ -52,24 +52,24 @@ void scan(const Problem& p, const BackwardTensors& t) {
   BackwardArgs<T> args{};
   args.shape = s;
   args.threads = at::get_num_threads();
-  const auto at_direction = [](const Tensor& tensor, int64_t d) {
-    return tensor.defined() ? pointer<T>(tensor) + d * tensor.numel() / tensor.size(0) : nullptr;
+  const auto at_direction = [&s](const Tensor& tensor, int64_t d) {
+    return tensor.defined() ? output_of<T>(tensor) + d * tensor.numel() / s.D : nullptr;
   };
   for (int64_t d = 0; d < s.D; ++d) {
     BackwardDirection<T>& to = args.direction[d];
     to.reverse = d == 1;
-    to.w_hh = pointer<T>(p.weights[d].w_hh);
-    to.w_hr = pointer<T>(p.weights[d].w_hr);
+    to.w_hh = input_of<T>(p.weights[d].w_hh);
+    to.w_hr = input_of<T>(p.weights[d].w_hr);
     to.h0 = at_direction(t.h0, d);
     to.c0 = at_direction(t.c0, d);
-    to.output = pointer<T>(t.output) + d * s.Hr();
+    to.output = input_of<T>(t.output) + d * s.Hr();
     to.output_stride = s.D * s.Hr();
     to.saved = at_direction(t.saved, d);
-    if (t.grad_output.defined()) to.grad_output = pointer<T>(t.grad_output) + d * s.Hr();
+    if (t.grad_output.defined()) to.grad_output = input_of<T>(t.grad_output) + d * s.Hr();
     to.grad_output_stride = s.D * s.Hr();
     to.grad_hn = at_direction(t.grad_hn, d);
-    to.dgates = pointer<T>(t.dgates[d]);
-    to.dproj = pointer<T>(t.dproj[d]);
+    to.dgates = output_of<T>(t.dgates[d]);
+    to.dproj = output_of<T>(t.dproj[d]);
     to.carry = at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
   }
@@ -82,9 +82,9 @@ Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
   const Shape& s = p.shape;
   const int64_t Hr = s.Hr(), stride = s.D * Hr;
   Tensor result = p.allocate({s.N, Hr});
-  T* to = pointer<T>(result);
-  const T* output = pointer<T>(t.output) + d * Hr;
-  const T* h0 = t.h0.defined() ? pointer<T>(t.h0) + d * s.B * Hr : nullptr;
+  T* to = output_of<T>(result);
+  const T* output = input_of<T>(t.output) + d * Hr;
+  const T* h0 = t.h0.defined() ? input_of<T>(t.h0) + d * s.B * Hr : nullptr;
   at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
     for (int64_t step = first; step < last; ++step) {
       const int64_t before = d == 1 ? step + 1 : step - 1;
@@ -180,8 +180,8 @@ Gradients gradients_of_nothing(const Problem& p, const BackwardTensors& t, const
     if (wanted(which)) result[which] = at::zeros(sizes, at::dtype(p.compute));
   };
   zero(kInput, {s.N, s.I});
-  zero(kH0, {s.D, s.B, s.Hr()});
-  zero(kC0, {s.D, s.B, s.H});
+  for (int state : {kH0, kC0})
+    if (wanted(state)) result[state] = p.allocate_state(state == kH0 ? s.Hr() : s.H).zero_();
   for (int d = 0; d < s.D; ++d) {
     const int first = kFirstWeight + d * kWeightCount;
     zero(first + kWih, {p.cell.gates * s.H, s.I});
@@ -199,17 +199,17 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
   const Shape& s = p.shape;
   const Wanted wanted{needs};
   const auto rows = [&](const OptTensor& t) {
-    return t.has_value() ? OptTensor(t->reshape({s.N, t->size(-1)})) : OptTensor();
+    return t.has_value() && t->dim() != 2 ? OptTensor(t->reshape({s.N, t->size(-1)})) : t;
   };
   BackwardTensors t;
   t.x = p.operand(rows(input), {s.N, s.I}, "input");
-  t.h0 = p.operand(h0, {s.D, s.B, s.Hr()}, "h0");
-  t.c0 = p.operand(c0, {s.D, s.B, s.H}, "c0");
+  t.h0 = p.state(h0, s.Hr(), "h0");
+  t.c0 = p.state(c0, s.H, "c0");
   t.output = p.operand(rows(output), {s.N, s.D * s.Hr()}, "output");
   t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
   t.grad_output = p.operand(rows(grad_output), {s.N, s.D * s.Hr()}, "grad_output");
-  t.grad_hn = p.operand(grad_hn, {s.D, s.B, s.Hr()}, "grad_hn");
-  const Tensor grad_cell = p.operand(grad_cn, {s.D, s.B, s.H}, "grad_cn");
+  t.grad_hn = p.state(grad_hn, s.Hr(), "grad_hn");
+  const Tensor grad_cell = p.state(grad_cn, s.H, "grad_cn");
   for (int64_t d = 0; d < s.D; ++d)
     TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
 
@@ -221,10 +221,14 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
       t.dgates.push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
       t.dproj.push_back(s.P ? p.allocate({s.N, s.P}) : Tensor());
     }
-    if (p.cell.carry)
-      t.carry = p.cell.cell_state && grad_cell.defined() ? grad_cell.clone()
-                                                         : at::zeros({s.D, s.B, s.H}, at::dtype(p.compute));
-    if (wanted(kH0)) t.dh0 = p.allocate({s.D, s.B, s.Hr()});
+    if (p.cell.carry) {
+      t.carry = p.allocate_state(s.H);
+      if (p.cell.cell_state && grad_cell.defined())
+        t.carry.copy_(grad_cell);
+      else
+        t.carry.zero_();
+    }
+    if (wanted(kH0)) t.dh0 = p.allocate_state(s.Hr());
     if (p.compute == at::kFloat)
       scan<float>(p, t);
     else
@@ -234,8 +238,7 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
     if (wanted(kC0)) result[kC0] = t.carry;
     for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
   }
-  for (Tensor& gradient : result)
-    if (gradient.defined()) gradient = gradient.to(p.dtype);
+  for (Tensor& gradient : result) p.to_dtype(gradient);
   return result;
 }
 
@@ -257,7 +260,8 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
     weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output.scalar_type());
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output.scalar_type(),
+                  false);
   Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
@@ -268,12 +272,9 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
                        const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
                        const Tensor& saved, int64_t needs) {
   const PlainDispatch guard;
-  const auto one_step = [](const OptTensor& t) { return t.has_value() ? OptTensor(t->unsqueeze(0)) : t; };
-  const Problem p(cell_traits(cell), steps_of(h.unsqueeze(0), {}), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})},
-                  h.scalar_type());
-  Gradients g = backward(p, grad_h, {}, one_step(grad_c), input, one_step(h0), one_step(c0), h, saved, needs);
-  for (int state : {kH0, kC0})
-    if (g[state].defined()) g[state] = g[state].squeeze(0);
+  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h.scalar_type(),
+                  true);
+  const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs);
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
 }
 

@@ -2,7 +2,7 @@
 // reading out of bounds.
 #include "problem.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <c10/util/Exception.h>
 
 namespace frnn {
@@ -53,14 +53,21 @@ Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes) {
   return steps;
 }
 
+Steps one_step(const Tensor& rows) {
+  TORCH_CHECK(rows.dim() == 2, "fused_rnn: a cell's tensors must be 2-D, got ", rows.dim(), "-D");
+  const int64_t B = rows.size(0);
+  return {1, B, B, {B}, {0, B}, std::vector<int64_t>(B, 1)};
+}
+
 DirectionWeights direction_weights(const OptTensor& w_ih, const OptTensor& w_hh, const OptTensor& b_ih,
                                    const OptTensor& b_hh, const OptTensor& w_hr) {
   const auto get = [](const OptTensor& t) { return t.has_value() ? *t : Tensor(); };
   return {get(w_ih), get(w_hh), get(b_ih), get(b_hh), get(w_hr)};
 }
 
-Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> given, at::ScalarType dtype_)
-    : cell(cell_), steps(std::move(steps_)), weights(std::move(given)), dtype(dtype_) {
+Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> given, at::ScalarType dtype_,
+                 bool is_cell_)
+    : cell(cell_), steps(std::move(steps_)), weights(std::move(given)), dtype(dtype_), is_cell(is_cell_) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
               "fused_rnn: unsupported dtype ", dtype);
   compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -101,9 +108,27 @@ Tensor Problem::operand(const OptTensor& tensor, at::IntArrayRef sizes, const ch
   TORCH_CHECK(tensor->is_cpu(), "fused_rnn: expected ", name, " on the CPU, got ", tensor->device());
   TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == compute, "fused_rnn: expected ", name,
               " of dtype ", dtype, ", got ", tensor->scalar_type());
-  return tensor->to(compute).contiguous();
+  // `to` and `contiguous` cost a dispatch each even where they have nothing to do, a tenth of a small cell's call.
+  const bool converted = tensor->scalar_type() == compute;
+  if (converted && tensor->is_contiguous()) return *tensor;
+  return (converted ? *tensor : tensor->to(compute)).contiguous();
 }
 
-Tensor Problem::allocate(at::IntArrayRef sizes) const { return at::empty(sizes, at::dtype(compute)); }
+Tensor Problem::state(const OptTensor& tensor, int64_t size, const char* name) const {
+  if (is_cell) return operand(tensor, {shape.B, size}, name);
+  return operand(tensor, {shape.D, shape.B, size}, name);
+}
+
+Tensor Problem::allocate(at::IntArrayRef sizes) const {
+  return at::detail::empty_cpu(sizes, compute, /*pin_memory=*/false, std::nullopt);
+}
+
+Tensor Problem::allocate_state(int64_t size) const {
+  return is_cell ? allocate({shape.B, size}) : allocate({shape.D, shape.B, size});
+}
+
+void Problem::to_dtype(Tensor& tensor) const {
+  if (tensor.defined() && tensor.scalar_type() != dtype) tensor = tensor.to(dtype);
+}
 
 }  // namespace frnn

@@ -37,6 +37,7 @@ struct Steps {
   std::vector<int64_t> batch_sizes, offsets, lengths;
 };
 Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes);
+Steps one_step(const Tensor& rows);  // of a cell, [B, ...]
 
 struct Problem {
   CellTraits cell;
@@ -45,8 +46,9 @@ struct Problem {
   Shape shape;                            // points into `steps`
   at::ScalarType dtype;                   // of the tensors that come and go
   at::ScalarType compute;                 // float for the 16-bit types
+  bool is_cell;                           // a *Cell's call: states are [B, size], without directions
 
-  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype);
+  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype, bool is_cell);
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
 
@@ -54,16 +56,23 @@ struct Problem {
   bool empty() const { return steps.N == 0 || shape.H == 0; }
   // A tensor of the call in the computation's dtype, contiguous and of this shape, or undefined if absent.
   Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const;
+  Tensor state(const OptTensor& tensor, int64_t size, const char* name) const;  // likewise, a hidden or cell state
   Tensor allocate(at::IntArrayRef sizes) const;
+  Tensor allocate_state(int64_t size) const;
+  void to_dtype(Tensor& tensor) const;  // what the call returns, in the dtype of its tensors; undefined stays so
 };
 
 // Optional arguments of the schema, as a direction's weights.
 DirectionWeights direction_weights(const OptTensor& w_ih, const OptTensor& w_hh, const OptTensor& b_ih,
                                    const OptTensor& b_hh, const OptTensor& w_hr);
 
-// `tensor` seen as float or double data; null if undefined.
+// The numbers of a tensor, to read or to write; null if it is undefined.
 template <class T>
-T* pointer(const Tensor& tensor) {
+const T* input_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+template <class T>
+T* output_of(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
