@@ -7,6 +7,7 @@
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
+#include "cuda/device.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,27 @@ std::vector<std::string> cuda_archs() {
   }
 #endif
   return archs;
+}
+
+py::list cuda_devices() {
+  py::list devices;
+#ifdef FRNN_WITH_CUDA
+  const int count = frnn::cuda_device_count();
+  for (int index = 0; index < count; ++index) {
+    frnn::CudaDevice device;
+    if (const char* error = frnn::cuda_device(index, &device))
+      throw std::runtime_error("GPU " + std::to_string(index) + ": " + error);
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["capability"] = std::to_string(device.major) + "." + std::to_string(device.minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["shared_memory_per_block"] = device.shared_memory_per_block;
+    entry["l2_bytes"] = device.l2_bytes;
+    entry["memory_bytes"] = device.memory_bytes;
+    devices.append(entry);
+  }
+#endif
+  return devices;
 }
 
 py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions,
@@ -83,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use another instruction set, for the whole process. For tests and benchmarks.");
   m.def("cuda_archs", &cuda_archs, "Architectures that the CUDA kernels were compiled for; empty without CUDA.");
+  m.def("cuda_devices", &cuda_devices, "GPUs that this process can use, with what a kernel's plan depends on.");
   m.def("cpu_plan", &cpu_plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P") = 0, py::arg("directions") = 1, py::arg("threads") = 1, py::arg("training") = false,
         py::arg("itemsize") = 4,

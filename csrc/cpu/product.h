@@ -114,21 +114,24 @@ void direct_product(const T* const* a, int rows, int64_t K, const T* weights, in
       }
 }
 
-// weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on, zero beyond.
+// weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on. Places of units
+// beyond the last repeat it; what they give is dropped.
 template <class T, int kGates, int kVectors>
 void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T* panel) {
-  constexpr int kUnits = kVectors * Vec<T>::kSize;
-  constexpr int64_t kBlock = 16;  // columns transposed together: reads of whole cache lines
-  const int64_t units = gate_rows - first < kUnits ? gate_rows - first : kUnits;
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
-    for (int g = 0; g < kGates; ++g) {
-      const T* w = weights + (g * gate_rows + first) * K;
-      for (int64_t u = 0; u < units; ++u)
-        for (int64_t k = k0; k < k1; ++k) panel[(k * kGates + g) * kUnits + u] = w[u * K + k];
-      for (int64_t u = units; u < kUnits; ++u)
-        for (int64_t k = k0; k < k1; ++k) panel[(k * kGates + g) * kUnits + u] = T(0);
-    }
+  using V = Vec<T>;
+  constexpr int kSize = V::kSize;
+  for (int64_t k = 0; k < K; k += kSize) {
+    const int columns = static_cast<int>(K - k < kSize ? K - k : kSize);
+    for (int g = 0; g < kGates; ++g)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t rows = gate_rows - first - v * kSize;
+        const T* w = weights + (g * gate_rows + (rows > 0 ? first + v * kSize : gate_rows - 1)) * K + k;
+        V square[kSize];
+#pragma GCC unroll 16
+        for (int u = 0; u < kSize; ++u) square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K, columns);
+        transpose(square);
+        for (int c = 0; c < columns; ++c) store(panel + (((k + c) * kGates + g) * kVectors + v) * kSize, square[c]);
+      }
   }
 }
 

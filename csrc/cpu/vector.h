@@ -98,6 +98,27 @@ FRNN_HD Vec<T> sums_of(Vec<T>* x) {
   return x[0];
 }
 
+// One exchange of a transposition: the blocks of kDistance values that stand across the diagonal of a and b.
+template <int kDistance, class T, class I, I... k>
+FRNN_HD void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<I, k...>) {
+  using NativeInt = typename Vec<T>::NativeInt;
+  constexpr int kSize = Vec<T>::kSize;
+  const auto upper = __builtin_shuffle(a.v, b.v, NativeInt{(k & kDistance ? kSize + k - kDistance : k)...});
+  b.v = __builtin_shuffle(a.v, b.v, NativeInt{(k & kDistance ? kSize + k : k + kDistance)...});
+  a.v = upper;
+}
+
+// A square of values, one vector a row, mirrored at its diagonal.
+template <class T, int kDistance = 1>
+FRNN_HD void transpose(Vec<T>* rows) {
+  constexpr int kSize = Vec<T>::kSize;
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i)
+    if (!(i & kDistance))
+      exchange<kDistance>(rows[i], rows[i + kDistance], std::make_integer_sequence<int, kSize>());
+  if constexpr (2 * kDistance < kSize) transpose<T, 2 * kDistance>(rows);
+}
+
 // e^x = 2^n e^r with r in [-ln2/2, ln2/2]. Returns 2^n and e^r - 1 apart, so that expm1 loses nothing near zero.
 template <class T>
 FRNN_HD void exp_parts(Vec<T> x, Vec<T>& two_n, Vec<T>& expm1_r) {

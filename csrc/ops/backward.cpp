@@ -81,6 +81,7 @@ template <class T>
 Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
   const Shape& s = p.shape;
   const int64_t Hr = s.Hr(), stride = s.D * Hr;
+  if (s.T == 1 && t.h0.defined()) return t.h0.view({s.D, s.B, Hr}).select(0, d);
   Tensor result = p.allocate({s.N, Hr});
   T* to = output_of<T>(result);
   const T* output = input_of<T>(t.output) + d * Hr;
@@ -103,12 +104,29 @@ Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
   return result;
 }
 
+// result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
+constexpr int64_t kFewRows = 4;
+template <class T>
+void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
+  const int64_t rows = a.size(0), columns = b.size(1), a_stride = a.stride(0), b_stride = b.stride(0);
+  const T *from_a = input_of<T>(a), *from_b = input_of<T>(b);
+  T* to = output_of<T>(result);
+  for (int64_t i = 0; i < result.size(0); ++i, to += columns) {
+    for (int64_t j = 0; j < columns; ++j) to[j] = from_a[i] * from_b[j];
+    for (int64_t row = 1; row < rows; ++row)
+      for (int64_t j = 0; j < columns; ++j) to[j] += from_a[row * a_stride + i] * from_b[row * b_stride + j];
+  }
+}
+
 // result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
 // thousands of rows would be several times less accurate. BLAS libraries sum large products in blocks by themselves,
 // small and narrow ones they do not: those are summed here in chunks of rows.
 void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
   constexpr int64_t kSmall = 1 << 17;
   const int64_t rows = a.size(0);
+  if (rows <= kFewRows)
+    return result.scalar_type() == at::kFloat ? product_over_few_rows<float>(result, a, b)
+                                              : product_over_few_rows<double>(result, a, b);
   const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
   Tensor sum = result;
   at::mm_out(sum, a.narrow(0, 0, std::min(chunk, rows)).t(), b.narrow(0, 0, std::min(chunk, rows)));
