@@ -101,14 +101,9 @@ def extension(
         ]  # or torch's own CUDA runtime could be bound to our copy
     sanitizers = environ.get("FUSED_RNN_SANITIZE", "")
     if sanitizers:
-        debug = [
-            f"-fsanitize={sanitizers}",
-            "-fno-sanitize-recover=undefined",
-            "-O1",
-            "-g",
-            "-fno-omit-frame-pointer",
-        ]
-        cxx, link = cxx + debug, link + debug
+        debug = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        cxx += [*debug, "-O1", "-g"]
+        link += debug
     flags = {"cxx": cxx, "nvcc": nvcc}
     made = cpp_extension.CppExtension(
         "fused_rnn._C", cpu + cuda, extra_compile_args=flags, extra_link_args=link, py_limited_api=False

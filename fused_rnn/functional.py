@@ -66,9 +66,11 @@ def _state_dtype(autocast: torch.dtype, device: torch.device, state: Tensor) -> 
     """The dtype that a state has under autocast where torch.nn composes it of pointwise operations.
 
     On the CPU those promote, so a float32 state stays float32 (``state`` is hx or, without one, the input). On CUDA
-    torch casts the whole recurrence.
+    torch casts the whole recurrence. Double precision takes no part in autocast: beside it nothing promotes.
     """
-    return torch.promote_types(autocast, state.dtype) if device.type == "cpu" else autocast
+    if device.type != "cpu" or state.dtype == torch.float64:
+        return autocast
+    return torch.promote_types(autocast, state.dtype)
 
 
 def cell_step(

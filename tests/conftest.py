@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from the same seed, on one thread unless it asks for more (small tensors gain nothing by
-    more, and on a busy machine lose much), and leaves the process-wide settings as it found them."""
+    """Every test starts from the same seed, on one thread unless it asks for more (small tensors gain nothing
+    by more, and on a busy machine lose much), and leaves the process-wide settings as it found them."""
     dtype, threads, isa = torch.get_default_dtype(), torch.get_num_threads(), _C.isa()
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -136,6 +136,15 @@ def make_state(module: nn.Module, batch: int | None = 3, *, dtype=None):
     return state(module.hidden_size)
 
 
+def leaves(module: nn.Module, steps: int, batch: int | None, *, with_hx: bool = True):
+    """An input and hx that require grad."""
+    x = make_input(module, steps, batch).requires_grad_()
+    hx = make_state(module, batch) if with_hx else None
+    for h in tensors_of(hx if hx is not None else ()):
+        h.requires_grad_()
+    return x, hx
+
+
 def count_terms(module: nn.Module, x: Tensor) -> int:
     """How many terms are accumulated, at most, to reach one element of an output or a gradient: a dot product
     for every step of every layer, there and (for a gradient) back, plus every row of the input in a weight
@@ -195,7 +204,8 @@ def run(
     """Outputs, and gradients of a weighted sum of the outputs named in `through` (all unless told) for
     everything that requires one. `form` turns x into what the module is called with; `call` stands in for the
     module itself."""
-    result = (call or module)(form(x), hx) if hx is not None else (call or module)(form(x))
+    call = module if call is None else call
+    result = call(form(x)) if hx is None else call(form(x), hx)
     values = named_outputs(module, result)
     leaves = {"x": x, **{f"hx[{i}]": h for i, h in enumerate(tensors_of(hx if hx is not None else ()))}}
     leaves |= dict(module.named_parameters())
@@ -239,7 +249,7 @@ def rounding(dtype: torch.dtype, scale: float) -> float:
 
 
 def assert_law(*runs: tuple[Values, Values, Values], terms: int = 0) -> None:
-    """Our largest error against float64 is at most twice torch.nn's, plus one rounding, for every named
+    """Our largest error against float64 is at most twice torch.nn's, plus one rounding: for each named
     tensor.
 
     Several runs are judged together, by the largest errors over all of them: on a tensor of few elements
@@ -247,8 +257,8 @@ def assert_law(*runs: tuple[Values, Values, Values], terms: int = 0) -> None:
 
     float64 has no wider reference to measure torch.nn's error by. There ours and torch.nn's may each be off
     by a rounding for every term that was accumulated to reach an element, so they differ by `terms` roundings
-    at most; the caller counts (steps of the recurrence) x (terms of a dot product), plus the rows summed in a
-    weight gradient."""
+    at most; `count_terms` counts. The terms are of the size of states, weights and loss weights, about 1,
+    even where their sum is nearly zero; so a rounding is that of the largest value or of 1."""
     for name in runs[0][0]:
         triples = [(ours[name], theirs[name], exact[name]) for ours, theirs, exact in runs]
         _assert_same_form(name, triples)
@@ -263,10 +273,12 @@ def assert_law(*runs: tuple[Values, Values, Values], terms: int = 0) -> None:
         error = max((ours.to(exact.dtype) - exact).abs().max().item() for ours, _, exact in triples)
         if dtype in (torch.float64, torch.complex128):
             assert terms > 0, "float64 is judged by the number of accumulated terms: pass it"
-            bound = rounding(dtype, scale) * terms
+            bound = rounding(dtype, max(scale, 1.0)) * terms
         else:
             # a reference that torch.nn is nowhere near is not of the same computation, and bounds nothing
-            assert torchs_error <= scale / 4, f"{name}: torch.nn's error {torchs_error:.3e}, largest {scale:.3e}"
+            assert torchs_error <= scale / 4, (
+                f"{name}: torch.nn's error {torchs_error:.3e}, largest {scale:.3e}"
+            )
             bound = 2 * torchs_error + rounding(dtype, scale)
         # max() and the comparison both drop a NaN; a result that is not finite must fail here
         finite = all(torch.isfinite(ours).all() for ours, _, _ in triples)

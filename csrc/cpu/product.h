@@ -19,8 +19,9 @@ constexpr int tile_rows(int lanes) {
 }
 
 // A single running sum over a long k loses accuracy; partial sums of this many products keep the error at the level
-// of a blocked matrix product.
-constexpr int64_t kSumLength = 256;
+// of torch's matrix products. Those are more accurate for few rows, where short sums cost nothing here either: such a
+// tile waits for its weights.
+constexpr int64_t sum_length(int rows) { return rows <= 3 ? 32 : 128; }
 
 // acc[r][l] = sum over k of a[r][k] * weights[k * stride + l * kSize ...]
 template <class T, int kLanes, int kRows>
@@ -28,8 +29,9 @@ void packed_product_of(const T* const* a, int64_t K, const T* weights, int64_t s
   using V = Vec<T>;
   const T* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kSumLength) {
-    const int64_t k1 = k0 + kSumLength < K ? k0 + kSumLength : K;
+  constexpr int64_t kLength = sum_length(kRows);
+  for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kLength) {
+    const int64_t k1 = k0 + kLength < K ? k0 + kLength : K;
     V sums[kRows][kLanes];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r)
