@@ -22,40 +22,40 @@ struct Shape {
 // One direction of a layer, forward. Rows are contiguous unless a stride is given.
 template <class T>
 struct ForwardDirection {
-  bool reverse;         // scan from the last step to the first
-  const T* x;           // [N, I], or null where gates_x is given
-  const T* w_ih;        // [G*H, I], or null where gates_x is given
-  const T* b_ih;        // [G*H], or null: no bias, or already in gates_x
-  const T* gates_x;     // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies itself
-  const T* w_hh;        // [G*H, Hr]
-  const T* b_hh;        // [G*H] or null
-  const T* w_hr;        // [P, H] or null
-  const T* h0;          // [B, Hr] or null: zero
-  T* output;            // [N, Hr], row stride output_stride
+  bool reverse;      // scan from the last step to the first
+  const T* x;        // [N, I], or null where gates_x is given
+  const T* w_ih;     // [G*H, I], or null where gates_x is given
+  const T* b_ih;     // [G*H], or null: no bias, or already in gates_x
+  const T* gates_x;  // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies itself
+  const T* w_hh;     // [G*H, Hr]
+  const T* b_hh;     // [G*H] or null
+  const T* w_hr;     // [P, H] or null
+  const T* h0;       // [B, Hr] or null: zero
+  T* output;         // [N, Hr], row stride output_stride
   int64_t output_stride;
-  T* hn;                // [B, Hr] or null: not wanted
-  T* c;                 // [B, H], holds c_0, becomes c_n; null for cells without a cell state
-  T* saved;             // [N, kSaved*H] or null: inference
+  T* hn;     // [B, Hr] or null: not wanted
+  T* c;      // [B, H], holds c_0, becomes c_n; null for cells without a cell state
+  T* saved;  // [N, kSaved*H] or null: inference
 };
 
 // One direction of a layer, backward.
 template <class T>
 struct BackwardDirection {
   bool reverse;
-  const T* w_hh;         // [G*H, Hr]
-  const T* w_hr;         // [P, H] or null
-  const T* h0;           // [B, Hr] or null: zero
-  const T* c0;           // [B, H] or null: zero
-  const T* output;       // [N, Hr], row stride output_stride
+  const T* w_hh;    // [G*H, Hr]
+  const T* w_hr;    // [P, H] or null
+  const T* h0;      // [B, Hr] or null: zero
+  const T* c0;      // [B, H] or null: zero
+  const T* output;  // [N, Hr], row stride output_stride
   int64_t output_stride;
   const T* saved;        // [N, kSaved*H]
   const T* grad_output;  // [N, Hr], row stride grad_output_stride, or null: zero
   int64_t grad_output_stride;
-  const T* grad_hn;      // [B, Hr] or null: zero
-  T* dgates;             // [N, kGateGrads*H]
-  T* dproj;              // [N, P], gradient of the projected state; null without a projection
-  T* carry;              // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
-  T* dh0;                // [B, Hr] or null: not wanted. The GRU's carry is added into it
+  const T* grad_hn;  // [B, Hr] or null: zero
+  T* dgates;         // [N, kGateGrads*H]
+  T* dproj;          // [N, P], gradient of the projected state; null without a projection
+  T* carry;  // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
+  T* dh0;    // [B, Hr] or null: not wanted. The GRU's carry is added into it
 };
 
 template <class Direction>

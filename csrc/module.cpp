@@ -64,8 +64,8 @@ py::list cuda_devices() {
   return devices;
 }
 
-py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions,
-                  int threads, bool training, int itemsize) {
+py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                  int64_t directions, int threads, bool training, int itemsize) {
   if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || threads < 1 || directions < 1 || directions > 2)
     throw py::value_error("cpu_plan: expected positive sizes and threads, and 1 or 2 directions");
   if (itemsize != 4 && itemsize != 8)
@@ -97,15 +97,18 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and kernel plans; the tensor operators are registered with torch by this library.";
+  m.doc() =
+      "Build information and kernel plans; the tensor operators are registered with torch by this library.";
   m.def("version", [] { return FRNN_VERSION; }, "Version of fused_rnn that this extension was built from.");
   m.def("torch_version", [] { return FRNN_TORCH_VERSION; }, "Version of torch that it was built against.");
   m.def("isa", [] { return frnn::instruction_set().name; }, "CPU instruction set in use.");
   m.def("isas", &supported_sets, "Instruction sets that this machine can run, best first.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use another instruction set, for the whole process. For tests and benchmarks.");
-  m.def("cuda_archs", &cuda_archs, "Architectures that the CUDA kernels were compiled for; empty without CUDA.");
-  m.def("cuda_devices", &cuda_devices, "GPUs that this process can use, with what a kernel's plan depends on.");
+  m.def("cuda_archs", &cuda_archs,
+        "Architectures that the CUDA kernels were compiled for; empty without CUDA.");
+  m.def("cuda_devices", &cuda_devices,
+        "GPUs that this process can use, with what a kernel's plan depends on.");
   m.def("cpu_plan", &cpu_plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P") = 0, py::arg("directions") = 1, py::arg("threads") = 1, py::arg("training") = false,
         py::arg("itemsize") = 4,

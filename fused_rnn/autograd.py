@@ -29,7 +29,9 @@ def _recorded_gradients(
 ) -> list[Tensor | None]:
     """Gradients of ``compute(*arguments)`` by recorded operations."""
     # Aliases: were one tensor passed in two places (tied weights, h0 is c0), its gradient would else count twice.
-    aliases = [t.view_as(t) if want and t is not None else t for t, want in zip(arguments, wanted, strict=True)]
+    aliases = [
+        t.view_as(t) if want and t is not None else t for t, want in zip(arguments, wanted, strict=True)
+    ]
     results = compute(*aliases)
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r is not None and g is not None]
     inputs = [t for t, want in zip(aliases, wanted, strict=True) if want]
@@ -100,7 +102,12 @@ class Cell(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+        ctx: FunctionCtx,
+        cell: str,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         h, c, saved = ops.cell_forward(cell, input, h0, c0, *weights, True)
         ctx.cell = cell

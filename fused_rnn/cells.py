@@ -35,7 +35,9 @@ class _Cell(nn.RNNCellBase):
             input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
         batch, features = input.shape
         if features != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {self.input_size}")
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {features} expected {self.input_size}"
+            )
         for k, state in enumerate(states):
             if state.shape != (batch, self.hidden_size):
                 raise RuntimeError(self._bad_state(k, state, batch))
@@ -145,9 +147,7 @@ class LSTMCell(_Cell):
         if hx is not None:
             for k, state in enumerate(hx):
                 if state.dim() not in (1, 2):
-                    raise ValueError(
-                        f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
-                    )
+                    raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
         h, c = self._step("lstm", input, () if hx is None else hx)

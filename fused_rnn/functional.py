@@ -80,9 +80,7 @@ def cell_step(
     autocast = _autocast_dtype(input.device)
     if autocast is not None:
         keeps_state = cell in ("gru", "lstm")
-        dtype = (
-            _state_dtype(autocast, input.device, input if h0 is None else h0) if keeps_state else autocast
-        )
+        dtype = _state_dtype(autocast, input.device, input if h0 is None else h0) if keeps_state else autocast
         input, h0, c0, *weights = (_cast(t, dtype) for t in (input, h0, c0, *weights))
         with torch.autocast(input.device.type, enabled=False):
             return _cell_step(cell, input, h0, c0, weights)

@@ -89,9 +89,7 @@ class _Recurrent(nn.RNNBase):
         rows, states = self._run(input.data, input.batch_sizes, states)
         return packed.repack(rows, input), self._hidden(packed.reorder(states, input.unsorted_indices))
 
-    def _run(
-        self, input: Tensor, batch_sizes: Tensor | None, states: States | None
-    ) -> tuple[Tensor, States]:
+    def _run(self, input: Tensor, batch_sizes: Tensor | None, states: States | None) -> tuple[Tensor, States]:
         layers = functional.split_weights(
             self._flat_weights,
             self.num_layers,

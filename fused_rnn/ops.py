@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ._extension import load
 
@@ -75,8 +74,23 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
     else:
         states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
         batch = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
-    sizes = [(*output.shape[:-1], w_ih.size(1)), (directions, batch, w_hh.size(1)), (directions, batch, hidden)]
-    weights = [w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse]
+    sizes = [
+        (*output.shape[:-1], w_ih.size(1)),
+        (directions, batch, w_hh.size(1)),
+        (directions, batch, hidden),
+    ]
+    weights = [
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
+        w_ih_reverse,
+        w_hh_reverse,
+        b_ih_reverse,
+        b_hh_reverse,
+        w_hr_reverse,
+    ]
     sizes += [None if w is None else w.shape for w in weights]
     return tuple(output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
 
@@ -85,9 +99,7 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
 def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save):
     traits = CELLS[cell]
     batch, hidden = input.size(0), w_hh.size(1)
-    saved = input.new_empty(
-        (1 if save else 0, batch, traits.saved * hidden), dtype=_saved_dtype(input.dtype)
-    )
+    saved = input.new_empty((1 if save else 0, batch, traits.saved * hidden), dtype=_saved_dtype(input.dtype))
     return (
         input.new_empty((batch, hidden)),
         input.new_empty((batch, hidden) if cell == "lstm" else (0,)),

@@ -111,7 +111,9 @@ def layer(
     Returns:
         output (T, B, D*Hr) or (N, D*Hr), hn like h0, and cn like c0, or None but for the LSTM.
     """
-    directions = [d for d in (weights[:WEIGHTS_PER_DIRECTION], weights[WEIGHTS_PER_DIRECTION:]) if d[0] is not None]
+    directions = [
+        d for d in (weights[:WEIGHTS_PER_DIRECTION], weights[WEIGHTS_PER_DIRECTION:]) if d[0] is not None
+    ]
     batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     outputs, last_h, last_c = [], [], []

@@ -8,11 +8,10 @@ import threading
 
 import pytest
 import torch
+from test_ops import CELLS, make_layer, wanted_bits
 from torch import Tensor
 
 from fused_rnn import _C, ops, reference
-
-from test_ops import CELLS, make_layer, wanted_bits
 
 
 def run(cell: str, arguments: list[Tensor | None]) -> list[Tensor]:
@@ -52,12 +51,16 @@ def test_repeats_are_bit_identical(cell: str, T: int, B: int, H: int) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("T, B, H, proj", [(9, 1, 300, 0), (9, 3, 300, 40), (7, 90, 40, 0), (7, 90, 40, 9), (6, 30, 170, 0)])
+@pytest.mark.parametrize(
+    "T, B, H, proj", [(9, 1, 300, 0), (9, 3, 300, 40), (7, 90, 40, 0), (7, 90, 40, 9), (6, 30, 170, 0)]
+)
 @pytest.mark.parametrize("directions", [1, 2])
 def test_threads_change_no_result(cell: str, T: int, B: int, H: int, proj: int, directions: int) -> None:
     """The scan gives the same bits however it is spread; only the matrix products around it may differ."""
     proj = proj if cell == "lstm" else 0
-    arguments = make_layer(cell, T, B, 8, H, directions=directions, proj=proj, packed=True, dtype=torch.float32)
+    arguments = make_layer(
+        cell, T, B, 8, H, directions=directions, proj=proj, packed=True, dtype=torch.float32
+    )
     torch.set_num_threads(1)
     alone = run(cell, arguments)
     torch.set_num_threads(4)  # more than the machine may have: the barrier must live with that
@@ -139,7 +142,9 @@ def ulps(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("isa", _C.isas())
 def test_activations_are_accurate(isa: str) -> None:
     _C.set_isa(isa)
-    x = torch.cat([torch.linspace(-20, 20, 400_000), torch.randn(400_000) * 0.1, torch.logspace(-30, 1, 80_000)])
+    x = torch.cat(
+        [torch.linspace(-20, 20, 400_000), torch.randn(400_000) * 0.1, torch.logspace(-30, 1, 80_000)]
+    )
     found = activations(x)
     # Without a fused multiply-add the remainder of tanh's division is rounded. torch's own sigmoid reaches 2.0.
     assert ulps(found["tanh"], x.double().tanh()) <= (2.5 if isa == "portable" else 1.75)

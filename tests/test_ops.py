@@ -65,11 +65,14 @@ def wanted_bits(arguments: list[Tensor | None]) -> int:
     return sum(1 << k for k, a in enumerate(differentiable) if a is not None)
 
 
+SMALL = {"T": 5, "B": 3, "I": 4, "H": 6}
 LAYER_CASES = [
-    pytest.param(cell, dict(T=5, B=3, I=4, H=6, directions=d, proj=p, packed=packed, states=states), id=name)
+    pytest.param(cell, {**SMALL, "directions": d, "proj": p, "packed": packed, "states": states}, id=name)
     for cell, d, packed, states in itertools.product(CELLS, (1, 2), (False, True), (False, True))
     for p in ((0, 2) if cell == "lstm" else (0,))
-    for name in [f"{cell}-{d}dir{'-proj' if p else ''}{'-packed' if packed else ''}{'' if states else '-zero'}"]
+    for name in [
+        f"{cell}-{d}dir{'-proj' if p else ''}{'-packed' if packed else ''}{'' if states else '-zero'}"
+    ]
 ]
 
 
@@ -79,7 +82,11 @@ def test_layer_operators_pass_opcheck(cell: str, sizes: dict) -> None:
     tests = ("test_schema", "test_faketensor")  # autograd is not theirs: see fused_rnn/autograd.py
     torch.library.opcheck(ops.layer_forward, (cell, *arguments, True), test_utils=tests)
     output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
-    gradients = [torch.randn_like(output), torch.randn_like(hn), torch.randn_like(cn) if cell == "lstm" else None]
+    gradients = [
+        torch.randn_like(output),
+        torch.randn_like(hn),
+        torch.randn_like(cn) if cell == "lstm" else None,
+    ]
     call = (cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
     torch.library.opcheck(ops.layer_backward, call, test_utils=tests)
 
@@ -92,16 +99,23 @@ def test_cell_operators_pass_opcheck(cell: str) -> None:
     torch.library.opcheck(ops.cell_forward, (cell, input[0], *states, *weights[:4], True), test_utils=tests)
     h, c, saved = ops.cell_forward(cell, input[0], *states, *weights[:4], True)
     gradients = [torch.randn_like(h), torch.randn_like(c) if cell == "lstm" else None]
-    call = (cell, *gradients, input[0], *states, *weights[:4], h, saved, 0b1111111 if cell == "lstm" else 0b1111011)
+    call = (
+        cell,
+        *gradients,
+        input[0],
+        *states,
+        *weights[:4],
+        h,
+        saved,
+        0b1111111 if cell == "lstm" else 0b1111011,
+    )
     torch.library.opcheck(ops.cell_backward, call, test_utils=tests)
 
 
 def gradients_by_reference(
     cell: str, arguments: list[Tensor | None], gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
-    leaves = [
-        a.detach().requires_grad_() if a is not None and k != 1 else a for k, a in enumerate(arguments)
-    ]
+    leaves = [a.detach().requires_grad_() if a is not None and k != 1 else a for k, a in enumerate(arguments)]
     results = reference.layer(cell, *leaves)
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None]
     torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
@@ -129,7 +143,11 @@ def test_layer_agrees_with_reference(
     assert torch.equal(inference[1], hn)
     assert inference[3].numel() == 0, "inference must save nothing"
 
-    gradients = [torch.randn_like(output), torch.randn_like(hn), torch.randn_like(cn) if cell == "lstm" else None]
+    gradients = [
+        torch.randn_like(output),
+        torch.randn_like(hn),
+        torch.randn_like(cn) if cell == "lstm" else None,
+    ]
     needs = wanted_bits(arguments)
     found = ops.layer_backward(cell, *gradients, *arguments, output, saved, needs)
     for k, (ours, theirs) in enumerate(
@@ -138,7 +156,9 @@ def test_layer_agrees_with_reference(
         if not needs >> k & 1:
             assert ours is None
             continue
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11, msg=lambda m, k=k: f"gradient {k}: {m}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-11, atol=1e-11, msg=lambda m, k=k: f"gradient {k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("only", range(13))
@@ -251,5 +271,5 @@ def test_wrong_tensors_are_refused_in_backward(which: str) -> None:
         grad_output = grad_output[:-1]
     else:
         arguments[0] = None
-    with pytest.raises(RuntimeError, match="fused_rnn|is invalid for input of size"):
+    with pytest.raises(RuntimeError, match=r"fused_rnn|is invalid for input of size"):
         ops.layer_backward("gru", grad_output, None, None, *arguments, output, saved, (1 << 8) - 1)

@@ -28,10 +28,14 @@ inline namespace FRNN_ISA {
 template <class F>
 inline auto with_cell(CellKind kind, F&& f) {
   switch (kind) {
-    case CellKind::rnn_tanh: return f(RnnTanh{});
-    case CellKind::rnn_relu: return f(RnnRelu{});
-    case CellKind::gru: return f(Gru{});
-    case CellKind::lstm: break;
+    case CellKind::rnn_tanh:
+      return f(RnnTanh{});
+    case CellKind::rnn_relu:
+      return f(RnnRelu{});
+    case CellKind::gru:
+      return f(Gru{});
+    case CellKind::lstm:
+      break;
   }
   return f(Lstm{});
 }

@@ -31,7 +31,7 @@ struct Relu {
 template <class Activation>
 struct Rnn {
   static constexpr int kGates = 1;
-  static constexpr int kSaved = 0;      // the output alone is enough for the backward pass
+  static constexpr int kSaved = 0;  // the output alone is enough for the backward pass
   static constexpr int kGateGrads = 1;
   static constexpr bool kHasCellState = false;
   static constexpr bool kHasCarry = false;

@@ -16,8 +16,9 @@ class BackwardDirectionScan {
 
  public:
   BackwardDirectionScan(const Shape& shape, const BackwardDirection<T>& d, const CpuPlan& plan)
-      : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), dgates_stride_(Cell::kGateGrads * H_),
-        scan_{shape, d.reverse}, recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct),
+      : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()),
+        dgates_stride_(Cell::kGateGrads * H_), scan_{shape, d.reverse},
+        recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct),
         projection_(d.w_hr, shape.P, H_, plan.direct), zeros_(dgates_stride_) {
     memset(zeros_.get(), 0, dgates_stride_ * sizeof(T));
   }
@@ -128,7 +129,8 @@ class BackwardDirectionScan {
     if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
     Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
     if constexpr (Cell::kHasCarry) store(d_.carry + b * H_ + u, carry, n);
-    for (int g = 0; g < Cell::kGateGrads; ++g) store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
+    for (int g = 0; g < Cell::kGateGrads; ++g)
+      store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
   }
 
   const Shape& shape_;

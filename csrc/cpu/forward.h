@@ -38,7 +38,8 @@ class ForwardDirectionScan {
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
         recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, true),
         // Fewer outputs than a vector has places would leave most of a packed panel empty.
-        projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize), hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
+        projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
+        hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
     memset(zeros_.get(), 0, Hr_ * sizeof(T));
   }
 

@@ -35,7 +35,7 @@ struct InstructionSet {
 extern const InstructionSet kInstructionSets[];
 extern const int kInstructionSetCount;
 
-const InstructionSet& instruction_set();         // in use
+const InstructionSet& instruction_set();          // in use
 void use_instruction_set(const InstructionSet&);  // for tests and benchmarks; holds for the whole process
 
 }  // namespace frnn

@@ -8,11 +8,11 @@ namespace frnn {
 
 struct CpuProblem {
   int64_t T, B, I, H, P, D;
-  int gates;             // of the cell
-  int threads;           // available
-  int units_per_panel;   // units that one packed panel covers
-  int tile_rows;         // most rows that one product tile can hold
-  int itemsize;          // bytes of a number
+  int gates;            // of the cell
+  int threads;          // available
+  int units_per_panel;  // units that one packed panel covers
+  int tile_rows;        // most rows that one product tile can hold
+  int itemsize;         // bytes of a number
 };
 
 struct CpuPlan {

@@ -104,8 +104,8 @@ FRNN_HD Vec<T> dot_products(const T* a, int64_t K, const T* weights, int64_t row
 // acc[r][gate][u] = a[r] . weights[gate * gate_rows + first + u] for the kVectors * kSize units u of a panel.
 // weights: [gates * gate_rows, K].
 template <class T, int kGates, int kVectors>
-void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows, int64_t first,
-                    T* acc) {
+void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows,
+                    int64_t first, T* acc) {
   constexpr int kSize = Vec<T>::kSize;
   for (int r = 0; r < rows; ++r)
     for (int g = 0; g < kGates; ++g)
@@ -130,9 +130,11 @@ void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T*
         const T* w = weights + (g * gate_rows + (rows > 0 ? first + v * kSize : gate_rows - 1)) * K + k;
         V square[kSize];
 #pragma GCC unroll 16
-        for (int u = 0; u < kSize; ++u) square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K, columns);
+        for (int u = 0; u < kSize; ++u)
+          square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K, columns);
         transpose(square);
-        for (int c = 0; c < columns; ++c) store(panel + (((k + c) * kGates + g) * kVectors + v) * kSize, square[c]);
+        for (int c = 0; c < columns; ++c)
+          store(panel + (((k + c) * kGates + g) * kVectors + v) * kSize, square[c]);
       }
   }
 }

@@ -83,8 +83,10 @@ FRNN_HD void store(T* p, Vec<T> x, int n) {
 // Sums of neighbours: those of a in the lower half of the result, those of b in the upper.
 template <class T, class I, I... k>
 FRNN_HD Vec<T> pair_sums(Vec<T> a, Vec<T> b, std::integer_sequence<I, k...>) {
-  using NativeInt = typename Vec<T>::NativeInt;  // written out, the indices become constants of the instruction
-  return __builtin_shuffle(a.v, b.v, NativeInt{(2 * k)...}) + __builtin_shuffle(a.v, b.v, NativeInt{(2 * k + 1)...});
+  using NativeInt =
+      typename Vec<T>::NativeInt;  // written out, the indices become constants of the instruction
+  return __builtin_shuffle(a.v, b.v, NativeInt{(2 * k)...}) +
+         __builtin_shuffle(a.v, b.v, NativeInt{(2 * k + 1)...});
 }
 
 // As many vectors as one has values -> one vector of their sums, in a fixed order of additions.
@@ -94,7 +96,8 @@ FRNN_HD Vec<T> sums_of(Vec<T>* x) {
 #pragma GCC unroll 4
   for (int count = kSize / 2; count > 0; count /= 2)
 #pragma GCC unroll 8
-    for (int k = 0; k < count; ++k) x[k] = pair_sums(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kSize>());
+    for (int k = 0; k < count; ++k)
+      x[k] = pair_sums(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kSize>());
   return x[0];
 }
 

@@ -15,7 +15,8 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(count > 0 ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))) : nullptr) {}
+      : data_(count > 0 ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))
+                        : nullptr) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -99,8 +100,7 @@ FRNN_HD void pack_share(const Weights& weights, Range panels, const Member& memb
 // The panels of step s, in alternating order: what was used last is still in the cache when the next step begins.
 template <class F>
 FRNN_HD void each_panel(Range panels, int64_t s, F&& f) {
-  for (int64_t i = panels.first; i < panels.last; ++i)
-    f(s % 2 ? panels.first + panels.last - 1 - i : i);
+  for (int64_t i = panels.first; i < panels.last; ++i) f(s % 2 ? panels.first + panels.last - 1 - i : i);
 }
 
 }  // namespace FRNN_ISA

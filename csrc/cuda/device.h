@@ -8,7 +8,7 @@ namespace frnn {
 
 struct CudaDevice {
   char name[256];
-  int major, minor;                // compute capability
+  int major, minor;  // compute capability
   int multiprocessors;
   int64_t shared_memory_per_block;  // bytes, the most that a kernel may ask for
   int64_t l2_bytes;

@@ -40,10 +40,10 @@ std::vector<InputSide> input_side(const CellTraits& cell, int64_t H) {
 }
 
 struct BackwardTensors {
-  Tensor x, h0, c0, output, saved;              // of the forward pass
-  Tensor grad_output, grad_hn;                  // [N, D*Hr], [D, B, Hr]; undefined: zero
-  std::vector<Tensor> dgates, dproj;            // by direction: [N, kGateGrads*H], [N, P]
-  Tensor carry, dh0;                            // [D, B, H], [D, B, Hr]
+  Tensor x, h0, c0, output, saved;    // of the forward pass
+  Tensor grad_output, grad_hn;        // [N, D*Hr], [D, B, Hr]; undefined: zero
+  std::vector<Tensor> dgates, dproj;  // by direction: [N, kGateGrads*H], [N, P]
+  Tensor carry, dh0;                  // [D, B, H], [D, B, Hr]
 };
 
 template <class T>
@@ -148,7 +148,7 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
     result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
     for (const InputSide& side : sides) {
       product_over_rows(result[kWih].narrow(0, side.row, side.count),
-                            dgates.narrow(1, side.column, side.count), t.x, s.B);
+                        dgates.narrow(1, side.column, side.count), t.x, s.B);
     }
   }
   if (wanted.weight(d, kWhh)) {
@@ -271,13 +271,15 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& grad_cn, const OptTensor& input, const OptTensor& batch_sizes,
                          const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                          const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
-                         const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse, const OptTensor& b_ih_reverse,
-                         const OptTensor& b_hh_reverse, const OptTensor& w_hr_reverse, const Tensor& output,
-                         const Tensor& saved, int64_t needs) {
+                         const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
+                         const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
+                         const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
+                         int64_t needs) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
-    weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
+    weights.push_back(
+        direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output.scalar_type(),
                   false);
   Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
@@ -290,8 +292,8 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
                        const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
                        const Tensor& saved, int64_t needs) {
   const PlainDispatch guard;
-  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h.scalar_type(),
-                  true);
+  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})},
+                  h.scalar_type(), true);
   const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs);
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
 }

@@ -49,8 +49,8 @@ void scan(const Problem& p, const Tensor& x, const Tensor& h0, bool save, Forwar
 }
 
 // hn is left undefined unless wanted.
-ForwardResult forward(const Problem& p, const Tensor& input, const OptTensor& h0, const OptTensor& c0, bool save,
-                      bool want_hn) {
+ForwardResult forward(const Problem& p, const Tensor& input, const OptTensor& h0, const OptTensor& c0,
+                      bool save, bool want_hn) {
   const Shape& s = p.shape;
   const Tensor rows = input.dim() == 2 ? input : input.reshape({s.N, input.size(-1)});
   const Tensor x = p.operand(rows, {s.N, s.I}, "input");
@@ -82,16 +82,19 @@ ForwardResult forward(const Problem& p, const Tensor& input, const OptTensor& h0
 
 }  // namespace
 
-Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTensor& batch_sizes, const OptTensor& h0,
-                       const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh, const OptTensor& b_ih,
-                       const OptTensor& b_hh, const OptTensor& w_hr, const OptTensor& w_ih_reverse,
-                       const OptTensor& w_hh_reverse, const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
+Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTensor& batch_sizes,
+                       const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                       const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
+                       const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
+                       const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                        const OptTensor& w_hr_reverse, bool save) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
-    weights.push_back(direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(weights), input.scalar_type(), false);
+    weights.push_back(
+        direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
+  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(weights), input.scalar_type(),
+                  false);
   ForwardResult r = forward(p, input, h0, c0, save, true);
   if (input.dim() == 3) r.output = r.output.view({p.shape.T, p.shape.B, r.output.size(1)});
   return {r.output, r.hn, r.cn, r.saved};

@@ -27,7 +27,8 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
       "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs) -> "
       "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, "
-      "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor w_hr_reverse)");
+      "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor "
+      "w_hr_reverse)");
   m.def(
       "cell_forward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, bool save) -> (Tensor h, Tensor c, Tensor saved)");

@@ -12,8 +12,12 @@ CellTraits cell_traits(std::string_view name) {
     if (name == known.name)
       return with_cell(known.kind, [&](auto cell) {
         using Cell = decltype(cell);
-        return CellTraits{known.kind,          Cell::kGates,        Cell::kSaved,
-                          Cell::kGateGrads,    Cell::kHasCellState, Cell::kHasCarry,
+        return CellTraits{known.kind,
+                          Cell::kGates,
+                          Cell::kSaved,
+                          Cell::kGateGrads,
+                          Cell::kHasCellState,
+                          Cell::kHasCarry,
                           Cell::kReadsPreviousHidden};
       });
   TORCH_CHECK_VALUE(false, "fused_rnn: unknown cell '", std::string(name),
@@ -30,7 +34,8 @@ Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes) {
     const int64_t* sizes = batch_sizes->const_data_ptr<int64_t>();
     steps.batch_sizes.assign(sizes, sizes + batch_sizes->numel());
   } else {
-    TORCH_CHECK(rows.dim() == 3, "fused_rnn: rows must be 3-D (steps, batch, features), got ", rows.dim(), "-D");
+    TORCH_CHECK(rows.dim() == 3, "fused_rnn: rows must be 3-D (steps, batch, features), got ", rows.dim(),
+                "-D");
     TORCH_CHECK(rows.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
     steps.batch_sizes.assign(rows.size(0), rows.size(1));
   }
@@ -41,7 +46,8 @@ Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes) {
   int64_t total = 0, longest = steps.B;
   for (int64_t t = 0; t < steps.T; ++t) {
     const int64_t now = steps.batch_sizes[t];
-    TORCH_CHECK(now >= 0 && now <= longest, "fused_rnn: batch_sizes must not be negative and must not increase");
+    TORCH_CHECK(now >= 0 && now <= longest,
+                "fused_rnn: batch_sizes must not be negative and must not increase");
     for (int64_t b = now; b < longest; ++b) steps.lengths[b] = t;
     longest = now;
     steps.offsets[t] = total;
@@ -104,10 +110,11 @@ Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> g
 
 Tensor Problem::operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const {
   if (!tensor.has_value() || !tensor->defined()) return {};
-  TORCH_CHECK(tensor->sizes() == sizes, "fused_rnn: expected ", name, " of size ", sizes, ", got ", tensor->sizes());
+  TORCH_CHECK(tensor->sizes() == sizes, "fused_rnn: expected ", name, " of size ", sizes, ", got ",
+              tensor->sizes());
   TORCH_CHECK(tensor->is_cpu(), "fused_rnn: expected ", name, " on the CPU, got ", tensor->device());
-  TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == compute, "fused_rnn: expected ", name,
-              " of dtype ", dtype, ", got ", tensor->scalar_type());
+  TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == compute, "fused_rnn: expected ",
+              name, " of dtype ", dtype, ", got ", tensor->scalar_type());
   // `to` and `contiguous` cost a dispatch each even where they have nothing to do, a tenth of a small cell's call.
   const bool converted = tensor->scalar_type() == compute;
   if (converted && tensor->is_contiguous()) return *tensor;

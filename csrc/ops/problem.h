@@ -48,7 +48,8 @@ struct Problem {
   at::ScalarType compute;                 // float for the 16-bit types
   bool is_cell;                           // a *Cell's call: states are [B, size], without directions
 
-  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype, bool is_cell);
+  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype,
+          bool is_cell);
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
 
@@ -56,10 +57,12 @@ struct Problem {
   bool empty() const { return steps.N == 0 || shape.H == 0; }
   // A tensor of the call in the computation's dtype, contiguous and of this shape, or undefined if absent.
   Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const;
-  Tensor state(const OptTensor& tensor, int64_t size, const char* name) const;  // likewise, a hidden or cell state
+  Tensor state(const OptTensor& tensor, int64_t size,
+               const char* name) const;  // likewise, a hidden or cell state
   Tensor allocate(at::IntArrayRef sizes) const;
   Tensor allocate_state(int64_t size) const;
-  void to_dtype(Tensor& tensor) const;  // what the call returns, in the dtype of its tensors; undefined stays so
+  void to_dtype(
+      Tensor& tensor) const;  // what the call returns, in the dtype of its tensors; undefined stays so
 };
 
 // Optional arguments of the schema, as a direction's weights.
