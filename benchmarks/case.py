@@ -34,7 +34,7 @@ class Case:
     device: str
     T: int
     B: int
-    I: int  # noqa: E741  torch's own letter for the input size
+    I: int
     H: int
     layers: int = 1
     bidirectional: bool = False

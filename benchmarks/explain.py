@@ -25,7 +25,7 @@ def explain(
     arch: str | None,
 ) -> dict[str, Any]:
     """The plan for one layer as the planner gives it: a flat dictionary, `why` among its keys."""
-    T, B, I, H = shape  # noqa: E741
+    T, B, I, H = shape
     if projection and (cell != "lstm" or projection >= H):
         raise BenchError("--proj needs the lstm cell and a size below the hidden size")
     try:

@@ -15,7 +15,7 @@ class Line:
     cells: tuple[str, ...]
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     modes: tuple[str, ...] = MODES
     layers: int = 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from parity import make_twins
 
-I, H, T, B = 3, 5, 4, 2  # noqa: E741  the sizes of every module and input of the error tests
+I, H, T, B = 3, 5, 4, 2
 
 
 def outcome(call):
