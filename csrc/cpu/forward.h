@@ -36,7 +36,7 @@ class ForwardDirectionScan {
  public:
   ForwardDirectionScan(const Shape& shape, const ForwardDirection<T>& d, const CpuPlan& plan)
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
-        recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, true),
+        recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, plan.direct),
         // Fewer outputs than a vector has places would leave most of a packed panel empty.
         projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
         hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
@@ -48,6 +48,7 @@ class ForwardDirectionScan {
     const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
     const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
     pack_share(recurrent_, panels, member, plan_);
+    if (d_.x) pack_share(input_, panels, member, plan_);
     pack_share(projection_, proj_panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());
 

@@ -18,6 +18,10 @@ constexpr int64_t kBarrierWork = 1 << 13;
 // them and take rows of its own without a barrier.
 constexpr int64_t kSharedWeightBytes = 512 << 10;
 
+// From this many rows a step is bound by arithmetic, and weights that are read at every step cost nothing more; below,
+// one product over all steps reads the input's weights once. Fused, its result never goes through memory.
+constexpr int64_t kFusedInputRows = 16;
+
 int64_t at_least_1(int64_t x) { return x > 1 ? x : 1; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -26,24 +30,35 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 CpuPlan plan_cpu(const CpuProblem& p) {
   const int64_t Hr = p.P > 0 ? p.P : p.H;
   const bool direct = p.T * p.B <= kDirectRows;
-  const int64_t weights = p.gates * p.H * (Hr + (direct ? p.I : 0)) + p.P * p.H;
+  const bool fuse_input = direct || p.B >= kFusedInputRows;
+  const int64_t weights = p.gates * p.H * (Hr + (fuse_input ? p.I : 0)) + p.P * p.H;
   const int64_t step = p.B * weights;
   if (p.threads <= 1 || p.T * step * p.D < kTeamWork)
-    return {direct, 1, 1, 1, p.threads <= 1 ? "one thread available" : "less work than waking a team costs"};
+    return {direct, fuse_input,
+            1,      1,
+            1,      p.threads <= 1 ? "one thread available" : "less work than waking a team costs"};
 
   const int64_t sides = smaller(p.D, p.threads);
   const int64_t members = p.threads / sides;
   const int64_t panels = (p.H + p.units_per_panel - 1) / p.units_per_panel;
   const int64_t tiles = (p.B + p.tile_rows - 1) / p.tile_rows;
-  if (members == 1) return {direct, static_cast<int>(sides), 1, 1, "one direction a thread"};
+  if (members == 1) return {direct, fuse_input, static_cast<int>(sides), 1, 1, "one direction a thread"};
 
   if (weights * p.itemsize <= kSharedWeightBytes && tiles >= members)
-    return {direct, static_cast<int>(sides), 1, static_cast<int>(members),
+    return {direct,
+            fuse_input,
+            static_cast<int>(sides),
+            1,
+            static_cast<int>(members),
             "weights fit every core's L2: rows are split, no barrier"};
 
   const int64_t unit_groups = smaller(smaller(members, panels), at_least_1(step / kBarrierWork));
   const int64_t row_groups = smaller(members / unit_groups, tiles);
-  return {direct, static_cast<int>(sides), static_cast<int>(unit_groups), static_cast<int>(row_groups),
+  return {direct,
+          fuse_input,
+          static_cast<int>(sides),
+          static_cast<int>(unit_groups),
+          static_cast<int>(row_groups),
           unit_groups > 1 ? "units are split: each thread's weights stay in its own L2, one barrier a step"
                           : "a step is too small to split its units"};
 }

@@ -20,13 +20,13 @@ void scan(const Problem& p, const Tensor& x, const Tensor& h0, bool save, Forwar
   args.shape = s;
   args.threads = at::get_num_threads();
   const auto problem = sizeof(T) == 4 ? kernels.problem_float : kernels.problem_double;
-  const bool direct = plan_cpu(problem(p.cell.kind, s, args.threads, false)).direct;
+  const bool fuse_input = plan_cpu(problem(p.cell.kind, s, args.threads, false)).fuse_input;
 
   Tensor gates_x[2];
   for (int64_t d = 0; d < s.D; ++d) {
     const DirectionWeights& w = p.weights[d];
     ForwardDirection<T>& to = args.direction[d];
-    if (direct) {
+    if (fuse_input) {
       to.x = input_of<T>(x);
       to.w_ih = input_of<T>(w.w_ih);
       to.b_ih = input_of<T>(w.b_ih);
