@@ -1,8 +1,15 @@
 // The team on OpenMP: torch's own runtime (the same soname), so that no second pool of threads competes with it.
 #include "team.h"
 
+#include <limits.h>
 #include <omp.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
 #include <sched.h>
+#endif
 
 namespace frnn {
 
@@ -31,6 +38,17 @@ bool run_team(int threads, void (*worker)(void* context, int rank), void* contex
   return granted;
 }
 
-void yield_thread() { sched_yield(); }
+#if defined(__linux__)
+void sleep_while(const std::atomic<int>& word, int value) {
+  static_assert(sizeof word == sizeof(int), "the kernel compares the word as an int");
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void wake_sleepers(const std::atomic<int>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+#else
+void sleep_while(const std::atomic<int>&, int) { sched_yield(); }
+void wake_sleepers(const std::atomic<int>&) {}
+#endif
 
 }  // namespace frnn
