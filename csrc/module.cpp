@@ -80,6 +80,7 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
     const frnn::CpuPlan plan = frnn::plan_cpu(p);
     py::dict result;
     result["strategy"] = plan.direct ? "direct" : "packed";
+    result["input"] = plan.fuse_input ? "multiplied in the scan" : "one product before the scan";
     result["isa"] = set.name;
     result["vector"] = set.kernels->vector_bytes / itemsize;
     result["threads"] = plan.threads();

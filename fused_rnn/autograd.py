@@ -8,6 +8,7 @@ order. Classic Functions (``forward`` with ``ctx``): half the cost of a call of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch.autograd.function import FunctionCtx
 from . import ops, reference
 
 
-def _bits(wanted: Sequence[bool]) -> int:
+@lru_cache
+def _bits(wanted: tuple[bool, ...]) -> int:
     return sum(1 << k for k, want in enumerate(wanted) if want)
 
 
@@ -45,11 +47,6 @@ def _recorded_gradients(
     return [next(found) if want else None for want in wanted]
 
 
-def _keep_input(wanted: Sequence[bool], weights_ih: Sequence[int]) -> bool:
-    """Whether backward reads the input: not if neither it nor a weight that multiplies it wants a gradient."""
-    return wanted[0] or any(wanted[k] for k in weights_ih)
-
-
 _INPUT_IS_GONE = (
     "fused_rnn: this backward pass was asked for a graph of its own (create_graph=True), which needs the layer's "
     "input. It was not kept, since neither the input nor weight_ih required grad. Let one of them require grad."
@@ -71,7 +68,8 @@ class Layer(Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         output, hn, cn, saved = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, True)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
-        kept = input if _keep_input(ctx.needs_input_grad[2:], (3, 8)) else None
+        wanted = ctx.needs_input_grad
+        kept = input if wanted[2] or wanted[5] or wanted[10] else None  # of input, w_ih, w_ih_reverse
         ctx.save_for_backward(kept, h0, c0, *weights, output, saved)
         ctx.set_materialize_grads(False)
         return output, hn, cn if cell == "lstm" else None
@@ -80,7 +78,7 @@ class Layer(Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *arguments, output, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        if all(g is None for g in gradients):
+        if gradients[0] is None and all(g is None for g in gradients):
             return (None,) * (2 + len(arguments))
         if torch.is_grad_enabled():
             if arguments[0] is None:
@@ -111,7 +109,8 @@ class Cell(Function):
     ) -> tuple[Tensor, Tensor | None]:
         h, c, saved = ops.cell_forward(cell, input, h0, c0, *weights, True)
         ctx.cell = cell
-        kept = input if _keep_input(ctx.needs_input_grad[1:], (3,)) else None
+        wanted = ctx.needs_input_grad
+        kept = input if wanted[1] or wanted[4] else None  # of input, w_ih
         ctx.save_for_backward(kept, h0, c0, *weights, h, saved)
         ctx.set_materialize_grads(False)
         return h, c if cell == "lstm" else None
@@ -120,7 +119,7 @@ class Cell(Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *arguments, h, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        if all(g is None for g in gradients):
+        if gradients[0] is None and all(g is None for g in gradients):
             return (None,) * (1 + len(arguments))
         if torch.is_grad_enabled():
             if arguments[0] is None:

@@ -75,7 +75,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _torch_without_cudnn(device: str):
-    """torch.nn's layers on the GPU refuse much through cuDNN (a backward in eval mode, double backward, a
-    non-contiguous hx) that they allow through torch's own kernels, so those are what ours is compared
-    with."""
+    """Through cuDNN torch.nn's layers refuse much (backward in eval mode, double backward, a non-contiguous hx)
+    that they allow through torch's own kernels: those are what ours is compared with."""
     return contextlib.nullcontext() if device == "cpu" else torch.backends.cudnn.flags(enabled=False)

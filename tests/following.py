@@ -1,5 +1,4 @@
-"""What the tests of replaced weights share: a change made to ours and to torch.nn's, and whether both follow
-it."""
+"""What the tests of replaced weights share: a change made to ours and to torch.nn's that both must follow."""
 
 from __future__ import annotations
 

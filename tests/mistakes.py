@@ -1,12 +1,11 @@
-"""What the tests of errors share: the sizes, and calls of ours and of torch.nn's whose errors are
-compared."""
+"""What the tests of errors share: sizes, and a call of ours and of torch.nn's whose errors are compared."""
 
 from __future__ import annotations
 
 import torch
 from parity import make_twins
 
-I, H, T, B = 3, 5, 4, 2
+I, H, T, B = 3, 5, 4, 2  # input size, hidden size, steps, batch
 
 
 def outcome(call):

@@ -1,8 +1,8 @@
 """What the parity tests share: the classes in pairs, twins with the same weights, and the tolerance law.
 
 The law stands in place of hand-picked tolerances: against torch.nn in float64 with the same weights upcast,
-our largest error is at most twice that of torch.nn in the dtype under test, plus one rounding. See
-`assert_law`."""
+our largest error is at most twice that of torch.nn in the dtype under test, plus one rounding (`assert_law`).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ Values = dict[str, "Tensor | None"]  # outputs and gradients by name; None is a 
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """One recurrence: a class of ours, the class of torch.nn that it stands for, and the options that select
-    it."""
+    """One recurrence: a class of ours, torch.nn's that it stands for, and the options that select it."""
 
     name: str
     cls: str
@@ -109,8 +108,7 @@ def make_twins(
 
 
 def make_input(module: nn.Module, steps: int = 4, batch: int | None = 3, *, dtype=None) -> Tensor:
-    """A random input of the module's layout; `batch=None` for one without a batch dimension. Cells have no
-    steps."""
+    """A random input of the module's layout; `batch=None`: without a batch dimension. Cells have no steps."""
     weight = next(module.parameters())
     if isinstance(module, nn.RNNCellBase):
         shape = (module.input_size,) if batch is None else (batch, module.input_size)
@@ -147,8 +145,7 @@ def leaves(module: nn.Module, steps: int, batch: int | None, *, with_hx: bool = 
 
 def count_terms(module: nn.Module, x: Tensor) -> int:
     """How many terms are accumulated, at most, to reach one element of an output or a gradient: a dot product
-    for every step of every layer, there and (for a gradient) back, plus every row of the input in a weight
-    gradient."""
+    for every step of every layer, there and back, plus every row of the input in a weight gradient."""
     rows = x.numel() // max(module.input_size, 1)
     layers = getattr(module, "num_layers", 1)
     steps = (
@@ -201,9 +198,8 @@ def run(
     through: Iterable[str] | None = None,
     call: Callable[..., Any] | None = None,
 ) -> Values:
-    """Outputs, and gradients of a weighted sum of the outputs named in `through` (all unless told) for
-    everything that requires one. `form` turns x into what the module is called with; `call` stands in for the
-    module itself."""
+    """Outputs, and gradients of a weighted sum of the outputs named in `through` (all unless told) for what
+    requires one. `form` turns x into what the module is called with; `call` stands in for the module."""
     call = module if call is None else call
     result = call(form(x)) if hx is None else call(form(x), hx)
     values = named_outputs(module, result)
@@ -227,8 +223,7 @@ def run(
 
 
 def weights_like(out: Tensor) -> Tensor:
-    """Fixed weights for a loss: every element has its own, of both signs, exact in every dtype (multiples of
-    1/16)."""
+    """Fixed weights for a loss: different ones, of both signs, exact in every dtype (multiples of 1/16)."""
     return ((torch.arange(out.numel(), device=out.device) * 7 % 33 - 16) / 16).to(out.dtype).view_as(out)
 
 
@@ -341,8 +336,8 @@ def assert_parity(
     """The law over `draws` draws of weights, input and hx: for the outputs, and for every gradient if
     `gradients`.
 
-    `lengths` packs the input; `change` does something to the modules first, `change_input` rewrites the
-    input."""
+    `lengths` packs the input; `change` is done to the modules first, `change_input` rewrites the input.
+    """
     how: dict[str, Any] = {"through": through} | ({"form": pack(lengths)} if lengths else {})
     at_kink = (
         gradients

@@ -1,5 +1,4 @@
-"""Construction: same signatures, parameters, random numbers, attributes, repr, errors and warnings as
-torch.nn's."""
+"""Construction: signatures, parameters, random numbers, repr, errors and warnings are torch.nn's."""
 
 from __future__ import annotations
 
@@ -142,8 +141,7 @@ DEFAULTS = {
 
 @classes
 def test_signatures_are_explicit(kind):
-    """torch.nn declares its layers (*args, **kwargs), which hides the arguments from editors and
-    `skip_init`."""
+    """torch.nn declares its layers (*args, **kwargs), which hides them from editors and `skip_init`."""
     parameters = {
         name: p for name, p in inspect.signature(kind.ours).parameters.items() if name != "proj_size"
     }

@@ -3,7 +3,8 @@
 The dtypes that torch.nn's layers return under CPU autocast follow from how each is composed, and differ from
 class to class. The table below states them; torch.nn is held to it too, so that a new torch that changes its
 mind is noticed. Only its padded LSTM is not: what oneDNN computes, and in which dtype, depends on the
-machine."""
+machine.
+"""
 
 from __future__ import annotations
 
@@ -89,25 +90,23 @@ def test_shorthands(kind):
     assert ours.type(torch.float64)(make_input(ours, dtype=torch.float64)) is not None
 
 
-@pytest.mark.parametrize("kind", CLASSES, ids=str)
+@pytest.mark.parametrize("kind", [RNN, GRU, LSTM, LSTM_PROJ], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_16_bit_state_is_kept_wide_between_steps(kind, dtype):
-    """h is rounded once a step as the output is; c, or h inside a step, is not rounded at every operation: so
-    ours is at least as close to float64 as torch.nn is, over a long sequence."""
-    if kind.is_cell:
-        kind = {RNN_CELL: RNN, GRU_CELL: GRU, LSTM_CELL: LSTM}[kind]
+def test_16_bit_types_are_accumulated_wide(kind, dtype):
+    """Products and the state of the cell are float32 inside a step, and rounded once: over a long sequence ours is
+    no further from float64 than torch.nn is where it rounds after every operation (without oneDNN, that is)."""
     ours_error = theirs_error = 0.0
     for seed in range(4):
         twins = make_twins(kind, 4, 16, dtype=dtype, seed=seed)
         x = make_input(twins.ours, 120, 4)
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
             ours, theirs, exact = (
                 tensors_of(module(value))[0].double()
                 for module, value in zip(twins, (x, x, x.double()), strict=True)
             )
         ours_error = max(ours_error, (ours - exact).abs().max().item())
         theirs_error = max(theirs_error, (theirs - exact).abs().max().item())
-    assert 0 < ours_error <= theirs_error * 1.5
+    assert 0 < ours_error <= theirs_error
 
 
 # -------------------------------------------------------------------------------------------- autocast on CPU
@@ -115,8 +114,8 @@ def test_16_bit_state_is_kept_wide_between_steps(kind, dtype):
 
 def expected_dtypes(kind: Kind, autocast: torch.dtype, x: torch.dtype, packed: bool) -> list[torch.dtype]:
     """Without hx. Products are computed in autocast's dtype; what is pointwise promotes it with the state's,
-    which is the input's. A fused kernel (the padded LSTM) and what ends in a product (RNN, a projection) stay
-    narrow."""
+    which is the input's. A fused kernel (padded LSTM) and what ends in a product (RNN, projection) stay narrow.
+    """
     wide = torch.promote_types(autocast, x)
     if kind in (RNN, RNN_CELL) or kind.options.get("nonlinearity"):
         return [autocast] * (1 if kind.is_cell else 2)
@@ -179,8 +178,7 @@ def test_autocast_dtypes_with_hx(kind, packed, autocast, dtype, state):
 @autocasts
 @pytest.mark.parametrize("with_hx", [False, True], ids="hx={}".format)
 def test_autocast_values_and_gradients(kind, packed, autocast, with_hx):
-    """The law against float64 without autocast; parameters and input stay float32 and so do their
-    gradients."""
+    """The law against float64 without autocast; gradients of float32 leaves are float32."""
     if kind.options.get("nonlinearity") == "relu":
         kind = RNN  # the derivative of relu jumps: test_parity_gradients.py
     runs = []
@@ -254,8 +252,7 @@ def test_autocast_for_another_device_changes_nothing(kind, autocast):
 @pytest.mark.parametrize("kind", CLASSES, ids=str)
 @autocasts
 def test_training_step_under_autocast(kind, autocast):
-    """Forward twice and backward outside of the context, an optimizer step, and again: weights are read
-    anew."""
+    """Forward twice, backward outside of the context, an optimizer step, again: weights are read anew."""
     twins = make_twins(kind)
     x = make_input(twins.ours)
     optimizer = torch.optim.SGD(twins.ours.parameters(), lr=0.005)

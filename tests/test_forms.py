@@ -1,7 +1,8 @@
 """Every form of input and of hx: results of the same form, shape, dtype, layout and value as torch.nn's.
 
 Values are compared in float64, where a wrong element cannot pass for a rounding; the accuracy of each dtype
-on each instruction set is the subject of test_parity_forward.py and test_parity_gradients.py."""
+on each instruction set is the subject of test_parity_forward.py and test_parity_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -213,8 +214,7 @@ def test_sorted_packed_input_carries_no_order(kind):
 
 @layers
 def test_packed_rows_are_the_rows_run_alone(kind):
-    """Each sequence of an unsorted batch, hx and all, as if it had been alone; so also for its final
-    state."""
+    """Each sequence of an unsorted batch, hx and final state and all, as if it had been alone."""
     twins = make(kind, num_layers=2, bidirectional=True)
     ours, lengths = twins.ours, [2, 5, 1, 4]
     x, hx = make_input(ours, 5, 4), make_state(ours, 4)
@@ -290,8 +290,7 @@ def test_state_carries_over_a_split_sequence(kind):
 @pytest.mark.parametrize("grad", [False, True], ids="grad={}".format)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_final_states_own_their_memory(kind, form, grad, batch):
-    """A state kept for the next sequence must not keep a whole output alive, nor change when the output is
-    edited."""
+    """A state that is carried on must not keep a whole output alive, nor change with an edit of it."""
     ours = make(kind).ours
     x = make_input(ours, 4, batch)
     with torch.set_grad_enabled(grad):

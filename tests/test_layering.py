@@ -136,8 +136,7 @@ def test_torch_ops_is_spelled_in_one_file():
 
 
 def test_the_package_imports_nothing_from_outside_it():
-    """Neither the benchmark nor the tests: what is installed stands alone, on torch and the standard
-    library."""
+    """Neither benchmark nor tests: the package stands alone, on torch and the standard library."""
     for path in python_sources("fused_rnn"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []

@@ -1,7 +1,8 @@
 """What a graph keeps alive, what it must not let be edited, and that nothing piles up.
 
 Lifetimes are read off the memory itself: a tensor laid over an array of Python's, which dies when the last
-storage that refers to it does, whichever views, copies of handles or saved variables there were."""
+storage that refers to it does, whichever views, copies of handles or saved variables there were.
+"""
 
 from __future__ import annotations
 

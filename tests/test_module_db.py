@@ -4,7 +4,8 @@ to fail.
 `torch.testing._internal.common_modules.module_db` describes each class of torch.nn: arguments to construct it
 with, inputs, a reference to compare with, calls that must raise. torch's test/test_modules.py runs them; what
 is below are those of its tests that concern recurrent layers, with our class constructed in the place of
-torch's."""
+torch's.
+"""
 
 from __future__ import annotations
 
@@ -197,8 +198,8 @@ def check_derivatives(
     theirs: type, training: bool, device: str, check: Callable[..., bool], every: int
 ) -> None:
     """Of everything together; then of the inputs with one parameter, all others frozen, for one parameter in
-    `every`: the first sample starts from the first parameter, the next from the second, so that all get their
-    turn."""
+    `every`: the first sample starts from the first parameter, the next from the second: all get their turn.
+    """
     for turn, (module, args, kwargs, _) in enumerate(
         built(theirs, device, torch.float64, training, requires_grad=True)
     ):

@@ -30,8 +30,7 @@ layers = pytest.mark.parametrize("kind", LAYERS, ids=str)
 
 @layers
 def test_weight_drop(kind):
-    """AWD-LSTM's way: the parameter is taken away, and a tensor computed from it put in its place for each
-    call."""
+    """AWD-LSTM's way: the parameter is taken away, and for each call a tensor computed from it put there."""
     twins = make(kind)
 
     def take_away(module):
@@ -151,8 +150,7 @@ COMPUTED = {
 @kinds
 @pytest.mark.parametrize("how", COMPUTED)
 def test_copies_with_a_computed_weight(kind, how):
-    """deepcopy, once a call without grad has renewed the weight: torch copies no tensor that has a
-    history."""
+    """After a call without grad has renewed the weight: torch copies no tensor that has a history."""
     twins = make(kind).apply(COMPUTED[how])
     x, hx = make_input(twins.ours), make_state(twins.ours)
     with torch.no_grad():

@@ -101,8 +101,7 @@ def test_threads(kind, steps, batch, size, threads, backend):
 @layers
 @dtypes
 def test_long_sequence(kind, dtype, backend):
-    """Errors are carried from step to step: those of the 16-bit types must not grow faster than
-    torch.nn's."""
+    """Errors are carried from step to step, and must not grow faster than torch.nn's."""
     assert_forward(kind, (4, 12), 300, 2, draws=3, dtype=dtype, device=backend)
 
 
@@ -158,8 +157,7 @@ def mark_not_finite(values) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids="grad={}".format)
 def test_not_finite_input_spreads_as_in_torch(kind, value, grad, backend):
-    """Along its row, from its step on, and nowhere else; an infinite input may be swallowed by a saturated
-    gate."""
+    """Along its row, from its step on, and nowhere else; a saturated gate may swallow an infinite one."""
     twins = make_twins(kind, 4, 20, device=backend)
     x = make_input(twins.ours, 5, 6)
     x[(2, 3, 1) if x.dim() == 3 else (3, 1)] = value

@@ -24,8 +24,7 @@ def make_ours(kind, **options) -> nn.Module:
 
 
 def assert_same_module(mine: nn.Module, other: nn.Module) -> None:
-    """The same class, settings and values, no shared storage, and the same results and gradients, bit for
-    bit."""
+    """The same class, settings and values, no shared storage, and bit for bit the same results."""
     assert type(mine) is type(other) and repr(mine) == repr(other) and mine.training == other.training
     for (name, a), (its_name, b) in zip(mine.named_parameters(), other.named_parameters(), strict=True):
         assert name == its_name and a.dtype == b.dtype and a.requires_grad == b.requires_grad

@@ -1,6 +1,7 @@
 """What torch can be asked to do with a module of torch.nn's, asked of ours: function transforms, tensors
 without data, replicas, tracing, threads. Only what works with torch.nn's class of the same name; there the
-results are compared."""
+results are compared.
+"""
 
 from __future__ import annotations
 
@@ -170,8 +171,7 @@ def test_vmap_over_an_ensemble(kind):
 
 @classes
 def test_vmap_over_layers_too(kind):
-    """torch.nn has no batching rule for its layers and LSTMCell; ours are held to their own results row by
-    row."""
+    """torch.nn has no batching rule for most of these; ours are held to their own results, one by one."""
     ours = make_twins(kind, dtype=torch.float64).ours
     x = torch.stack([make_input(ours) for _ in range(3)])
     found = vmap(lambda x: tuple(tensors_of(ours(x))))(x)
@@ -219,8 +219,7 @@ def test_replicas(kind):
 
 @kinds
 def test_threads_of_python(kind):
-    """One module called from several threads at once, each with its own input: the results of calls in
-    turn."""
+    """One module called from several threads at once gives the results of calls in turn."""
     ours = make_twins(kind, 6, 20).ours
     inputs = [make_input(ours, 9, 4).requires_grad_() for _ in range(6)]
     expected = [run(ours, x) for x in inputs]
@@ -253,8 +252,7 @@ def test_tensor_subclasses(kind):
 
 @kinds
 def test_dispatch_modes(kind):
-    """A mode that watches every operation, as profilers and memory trackers do, sees ours and changes
-    nothing."""
+    """A mode that watches every operation, as memory trackers do, sees ours and changes nothing."""
 
     class Watch(TorchDispatchMode):
         def __init__(self):

@@ -271,8 +271,7 @@ def test_from_meta(kind):
 
 @pytest.mark.parametrize("kind", CELLS, ids=str)
 def test_swap_tensors(kind):
-    """Cells only: torch refuses to swap what has weak references, which its layers keep. They are swapped
-    below."""
+    """Cells only: torch refuses to swap what has weak references, as its layers' have. Those come next."""
     twins = make(kind)
     new = torch.randn_like(twins.ours.weight_hh)
     assert_follows(twins, lambda m: torch.utils.swap_tensors(m.weight_hh, nn.Parameter(new.clone())))
@@ -289,8 +288,7 @@ CONVERSIONS = {
 @kinds
 @pytest.mark.parametrize("how", CONVERSIONS)
 def test_conversions_of_parameters(kind, how):
-    """`module.to(dtype)` may fill a parameter's memory anew, make a new parameter, or swap the tensor under
-    it."""
+    """`module.to(dtype)` may refill a parameter, make a new one, or swap the tensor under it."""
     twins = make_twins(kind)
     x = make_input(twins.ours)
     with torch.no_grad():  # torch refuses to swap a parameter that a graph still refers to

@@ -1,5 +1,4 @@
-"""Tensors without data, and graphs without values: meta, fake tensors, inference mode, compiled and
-exported."""
+"""Tensors without data, graphs without values: meta, fake tensors, inference mode, compile, export."""
 
 from __future__ import annotations
 

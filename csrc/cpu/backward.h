@@ -18,7 +18,7 @@ class BackwardDirectionScan {
   BackwardDirectionScan(const Shape& shape, const BackwardDirection<T>& d, const CpuPlan& plan)
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()),
         dgates_stride_(Cell::kGateGrads * H_), scan_{shape, d.reverse},
-        recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct),
+        recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct || shape.T == 1),
         projection_(d.w_hr, shape.P, H_, plan.direct), zeros_(dgates_stride_) {
     memset(zeros_.get(), 0, dgates_stride_ * sizeof(T));
   }
