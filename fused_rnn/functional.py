@@ -52,8 +52,11 @@ def layer(
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    kind = device.type  # a device without autocast, such as meta, may not even be asked whether it is on
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 
