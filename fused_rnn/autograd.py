@@ -8,7 +8,6 @@ order. Classic Functions (``forward`` with ``ctx``): half the cost of a call of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +17,11 @@ from torch.autograd.function import FunctionCtx
 from . import ops, reference
 
 
-@lru_cache
-def _bits(wanted: tuple[bool, ...]) -> int:
-    return sum(1 << k for k, want in enumerate(wanted) if want)
+def _bits(wanted: Sequence[bool]) -> int:
+    bits = 0
+    for k, want in enumerate(wanted):
+        bits |= want << k
+    return bits
 
 
 def _recorded_gradients(
