@@ -14,23 +14,30 @@ from . import autograd, ops, reference
 States = tuple[Tensor, ...]
 
 
-def _kernels_take(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the fused kernels can compute on these tensors (the first is never None).
+_REFERENCE, _RECORDED, _PLAIN = range(3)  # plain PyTorch; kernels with autograd; kernels alone
 
-    Everything else goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for which it raises
-    torch's own errors; function transforms and forward-mode derivatives, which look inside its operations.
+
+def _path(tensors: Sequence[Tensor | None]) -> int:
+    """How to compute on these tensors, of which the first is never None.
+
+    What the kernels do not take goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for
+    which it raises torch's own errors; function transforms and forward-mode derivatives, which look inside its
+    operations.
     """
     dtype = tensors[0].dtype
-    if dtype not in ops.DTYPES:
-        return False
+    records = False
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype):
-            return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-
-
-def _records(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if tensor is not None:
+            if not (tensor.is_cpu and tensor.dtype is dtype):
+                return _REFERENCE
+            records = records or tensor.requires_grad
+    if (
+        dtype not in ops.DTYPES
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return _REFERENCE
+    return _RECORDED if records and torch.is_grad_enabled() else _PLAIN
 
 
 def layer(
@@ -42,10 +49,10 @@ def layer(
     weights: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer by the fastest path that can take it; arguments and results as in ``reference.layer``."""
-    tensors = (input, h0, c0, *weights)
-    if not _kernels_take(tensors):
+    path = _path((input, h0, c0, *weights))
+    if path == _REFERENCE:
         return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
-    if _records(tensors):
+    if path == _RECORDED:
         return autograd.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
     output, hn, cn, _ = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, False)
     return output, hn, cn if cell == "lstm" else None
@@ -93,10 +100,10 @@ def cell_step(
 def _cell_step(
     cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    tensors = (input, h0, c0, *weights)
-    if not _kernels_take(tensors):
+    path = _path((input, h0, c0, *weights))
+    if path == _REFERENCE:
         return reference.cell_step(cell, input, h0, c0, *weights)
-    if _records(tensors):
+    if path == _RECORDED:
         return autograd.Cell.apply(cell, input, h0, c0, *weights)
     h, c, _ = ops.cell_forward(cell, input, h0, c0, *weights, False)
     return h, c if cell == "lstm" else None

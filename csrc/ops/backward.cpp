@@ -39,6 +39,11 @@ std::vector<InputSide> input_side(const CellTraits& cell, int64_t H) {
   return {{0, 0, (cell.gates - 1) * H}, {(cell.gates - 1) * H, (cell.gate_grads - 1) * H, H}};
 }
 
+// tensor.narrow, without its dispatch where it changes nothing: a cell's backward pass has a dozen of them.
+Tensor part(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
+  return count == tensor.size(dim) ? tensor : tensor.narrow(dim, first, count);
+}
+
 struct BackwardTensors {
   Tensor x, h0, c0, output, saved;    // of the forward pass
   Tensor grad_output, grad_hn;        // [N, D*Hr], [D, B, Hr]; undefined: zero
@@ -129,10 +134,10 @@ void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, i
                                               : product_over_few_rows<double>(result, a, b);
   const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
   Tensor sum = result;
-  at::mm_out(sum, a.narrow(0, 0, std::min(chunk, rows)).t(), b.narrow(0, 0, std::min(chunk, rows)));
+  at::mm_out(sum, part(a, 0, 0, std::min(chunk, rows)).t(), part(b, 0, 0, std::min(chunk, rows)));
   for (int64_t first = chunk; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
-    sum.add_(at::mm(a.narrow(0, first, count).t(), b.narrow(0, first, count)));
+    sum.add_(at::mm(part(a, 0, first, count).t(), part(b, 0, first, count)));
   }
 }
 
@@ -141,14 +146,14 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
   const Shape& s = p.shape;
   const Tensor& dgates = t.dgates[d];
   const auto sides = input_side(p.cell, s.H);
-  const Tensor recurrent = dgates.narrow(1, 0, p.cell.gates * s.H);
+  const Tensor recurrent = part(dgates, 1, 0, p.cell.gates * s.H);
   Tensor* result = gradients + kFirstWeight + d * kWeightCount;
 
   if (wanted.weight(d, kWih)) {
     result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
     for (const InputSide& side : sides) {
-      product_over_rows(result[kWih].narrow(0, side.row, side.count),
-                        dgates.narrow(1, side.column, side.count), t.x, s.B);
+      product_over_rows(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
+                        t.x, s.B);
     }
   }
   if (wanted.weight(d, kWhh)) {
@@ -157,13 +162,14 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
     result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
     product_over_rows(result[kWhh], recurrent, h_prev, s.B);
   }
-  if (wanted.weight(d, kBhh)) result[kBhh] = recurrent.sum(0);
+  const auto sum_over_rows = [&] { return s.N == 1 ? recurrent.select(0, 0).clone() : recurrent.sum(0); };
+  if (wanted.weight(d, kBhh)) result[kBhh] = sum_over_rows();
   if (wanted.weight(d, kBih)) {
-    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : recurrent.sum(0);
+    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : sum_over_rows();
     for (const InputSide& side : sides)
       if (side.column != side.row) {
-        Tensor rows = result[kBih].narrow(0, side.row, side.count);
-        at::sum_out(rows, dgates.narrow(1, side.column, side.count), 0);
+        Tensor rows = part(result[kBih], 0, side.row, side.count);
+        at::sum_out(rows, part(dgates, 1, side.column, side.count), 0);
       }
   }
   if (wanted.weight(d, kWhr)) {
@@ -178,8 +184,8 @@ Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
   Tensor result;
   for (int64_t d = 0; d < p.D(); ++d)
     for (const InputSide& side : input_side(p.cell, p.shape.H)) {
-      const Tensor dgates = t.dgates[d].narrow(1, side.column, side.count);
-      const Tensor weights = p.weights[d].w_ih.narrow(0, side.row, side.count);
+      const Tensor dgates = part(t.dgates[d], 1, side.column, side.count);
+      const Tensor weights = part(p.weights[d].w_ih, 0, side.row, side.count);
       if (result.defined())
         result.addmm_(dgates, weights);
       else
