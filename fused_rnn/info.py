@@ -19,7 +19,7 @@ def build_info() -> dict[str, Any]:
 
     Keys: `fused_rnn`, `torch`, `python`, `platform` (versions); `extension` (path of the compiled module);
     `isa` and `isas` (CPU instruction set in use, and all that this machine can run); `threads`;
-    `cuda_archs` (what the CUDA kernels were compiled for; empty when built without nvcc);
+    `cuda_archs` (what csrc/cuda was compiled for; empty when built without nvcc);
     `torch_cuda` (the CUDA torch was built for, or None); `gpus` (name and compute capability of each).
     """
     extension = _extension.load()
@@ -65,7 +65,7 @@ def describe(info: dict[str, Any]) -> str:
         "python": f"{info['python']} on {info['platform']}",
         "extension": info["extension"],
         "CPU kernels": f"{info['isa']} in use, of {', '.join(info['isas'])}; {info['threads']} threads",
-        "CUDA kernels": ", ".join(info["cuda_archs"]) or "none: built for the CPU alone",
+        "CUDA code": ", ".join(info["cuda_archs"]) or "none: built for the CPU alone",
         "GPU": gpu,
     }
     width = max(map(len, lines))

@@ -54,7 +54,7 @@ def test_description_names_everything() -> None:
     ):
         assert part in text
     without = info.describe({**told, "cuda_archs": [], "gpus": [], "torch_cuda": None})
-    assert "CUDA kernels  none" in without
+    assert "CUDA code    none" in without
     assert "this torch is built without CUDA" in without
 
 
