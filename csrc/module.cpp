@@ -106,8 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &supported_sets, "Instruction sets that this machine can run, best first.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use another instruction set, for the whole process. For tests and benchmarks.");
-  m.def("cuda_archs", &cuda_archs,
-        "Architectures that csrc/cuda was compiled for; empty without nvcc.");
+  m.def("cuda_archs", &cuda_archs, "Architectures that csrc/cuda was compiled for; empty without nvcc.");
   m.def("cuda_devices", &cuda_devices,
         "GPUs that this process can use, with what a kernel's plan depends on.");
   m.def("cpu_plan", &cpu_plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
