@@ -1,4 +1,4 @@
-// The forward operators: check, allocate, project the input of all steps by one matrix product, scan.
+// The forward operators: check, allocate, multiply the input of all steps first where the plan says so, scan.
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
