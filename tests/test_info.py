@@ -54,14 +54,14 @@ def test_description_names_everything() -> None:
     ):
         assert part in text
     without = info.describe({**told, "cuda_archs": [], "gpus": [], "torch_cuda": None})
-    assert "CUDA code    none" in without
+    assert any(line.split()[:3] == ["CUDA", "code", "none:"] for line in without.splitlines())
     assert "this torch is built without CUDA" in without
 
 
 def test_command_line(tmp_path: Path) -> None:
     text = python("-m", "fused_rnn", cwd=PACKAGE.parent)
     assert text.returncode == 0, text.stderr
-    assert f"torch         {torch.__version__}" in text.stdout
+    assert ["torch", torch.__version__] in [line.split() for line in text.stdout.splitlines()]
     as_json = python("-m", "fused_rnn", "--json", cwd=PACKAGE.parent)
     assert json.loads(as_json.stdout)["fused_rnn"] == fused_rnn.__version__
 
