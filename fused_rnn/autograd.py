@@ -73,7 +73,7 @@ class Layer(Function):
         kept = input if wanted[2] or wanted[5] or wanted[10] else None  # of input, w_ih, w_ih_reverse
         ctx.save_for_backward(kept, h0, c0, *weights, output, saved)
         ctx.set_materialize_grads(False)
-        return output, hn, cn if cell == "lstm" else None
+        return output, hn, cn if ops.CELLS[cell].cell_state else None
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,7 +114,7 @@ class Cell(Function):
         kept = input if wanted[1] or wanted[4] else None  # of input, w_ih
         ctx.save_for_backward(kept, h0, c0, *weights, h, saved)
         ctx.set_materialize_grads(False)
-        return h, c if cell == "lstm" else None
+        return h, c if ops.CELLS[cell].cell_state else None
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

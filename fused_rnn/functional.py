@@ -55,7 +55,7 @@ def layer(
     if path == _RECORDED:
         return autograd.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
     output, hn, cn, _ = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, False)
-    return output, hn, cn if cell == "lstm" else None
+    return output, hn, cn if ops.CELLS[cell].cell_state else None
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -106,7 +106,7 @@ def _cell_step(
     if path == _RECORDED:
         return autograd.Cell.apply(cell, input, h0, c0, *weights)
     h, c, _ = ops.cell_forward(cell, input, h0, c0, *weights, False)
-    return h, c if cell == "lstm" else None
+    return h, c if ops.CELLS[cell].cell_state else None
 
 
 def split_weights(
@@ -188,4 +188,7 @@ def _stack(
         last_c.append(cn)
         if dropout > 0 and k < len(layers) - 1:
             input = torch.dropout(input, dropout, True)
-    return input, (torch.cat(last_h),) if cell != "lstm" else (torch.cat(last_h), torch.cat(last_c))
+    return input, (torch.cat(last_h),) if not ops.CELLS[cell].cell_state else (
+        torch.cat(last_h),
+        torch.cat(last_c),
+    )

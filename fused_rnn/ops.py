@@ -23,17 +23,18 @@ cell_backward = _ops.cell_backward.default
 
 
 class CellTraits(NamedTuple):
-    """What the fakes below know of a cell: the constants of its struct in csrc/cells."""
+    """What Python knows of a cell: the constants of its struct in csrc/cells."""
 
     gates: int
     saved: int
+    cell_state: bool = False  # whether there is a c beside h
 
 
 CELLS = {
     "rnn_tanh": CellTraits(gates=1, saved=0),
     "rnn_relu": CellTraits(gates=1, saved=0),
     "gru": CellTraits(gates=3, saved=4),
-    "lstm": CellTraits(gates=4, saved=5),
+    "lstm": CellTraits(gates=4, saved=5, cell_state=True),
 }
 
 #: dtypes that the kernels take.
@@ -59,7 +60,7 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
     saved = input.new_empty(
         (directions if save else 0, rows, traits.saved * hidden), dtype=_saved_dtype(input.dtype)
     )
-    cn = input.new_empty((directions, batch, hidden) if cell == "lstm" else (0,))
+    cn = input.new_empty((directions, batch, hidden) if CELLS[cell].cell_state else (0,))
     output = input.new_empty((*input.shape[:-1], directions * state))
     return output, input.new_empty((directions, batch, state)), cn, saved
 
@@ -102,7 +103,7 @@ def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save):
     saved = input.new_empty((1 if save else 0, batch, traits.saved * hidden), dtype=_saved_dtype(input.dtype))
     return (
         input.new_empty((batch, hidden)),
-        input.new_empty((batch, hidden) if cell == "lstm" else (0,)),
+        input.new_empty((batch, hidden) if CELLS[cell].cell_state else (0,)),
         saved,
     )
 

@@ -22,8 +22,7 @@ void sleep_while(const std::atomic<int>& word, int value);
 void wake_sleepers(const std::atomic<int>& word);
 
 // A spin barrier: an OpenMP barrier costs several times a step of a small layer. Who has spun in vain goes to sleep,
-// for on a busy machine the thread it waits for may itself be waiting for a core, and this gives it one. (Yielding
-// instead kept both cores occupied and cost a whole time slice a step: 95 ms where a call takes 0.7.)
+// for on a busy machine the thread it waits for may itself be waiting for a core, and this gives it one.
 class alignas(64) Barrier {
  public:
   void wait(int members) {

@@ -124,8 +124,8 @@ void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& 
 }
 
 // result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
-// thousands of rows would be several times less accurate. BLAS libraries sum large products in blocks by themselves,
-// small and narrow ones they do not: those are summed here in chunks of rows.
+// thousands of rows would be several times less accurate. MKL sums large products in blocks by itself, small
+// and narrow ones it does not: those are summed here in chunks of rows.
 void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
   constexpr int64_t kSmall = 1 << 17;
   const int64_t rows = a.size(0);
