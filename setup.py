@@ -69,7 +69,9 @@ def extension(
     environ: Mapping[str, str], toolkit: Toolkit | None, archs: list[Arch], version: str
 ) -> Extension:
     """fused_rnn._C with every flag it is compiled with."""
-    cpu, cuda = sources(".cpp"), sources(".cu") if toolkit else []
+    cpp, cuda = sources(".cpp"), sources(".cu") if toolkit else []
+    if not toolkit:  # these call the kernels that nvcc compiles
+        cpp = [path for path in cpp if not path.startswith(str(Path("csrc", "ops", "cuda")))]
     cxx = [
         "-O3",
         "-std=c++20",  # for torch's headers; csrc outside ops/ keeps to C++17
@@ -106,7 +108,7 @@ def extension(
         link += debug
     flags = {"cxx": cxx, "nvcc": nvcc}
     made = cpp_extension.CppExtension(
-        "fused_rnn._C", cpu + cuda, extra_compile_args=flags, extra_link_args=link, py_limited_api=False
+        "fused_rnn._C", cpp + cuda, extra_compile_args=flags, extra_link_args=link, py_limited_api=False
     )
     made.include_dirs = [str(ROOT / "csrc")]
     return made

@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
 #include "cuda/device.h"
+#include "cuda/dtypes.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -64,35 +67,89 @@ py::list cuda_devices() {
   return devices;
 }
 
+template <class Row, size_t n>
+const Row& by_name(const Row (&table)[n], const std::string& name, const char* what) {
+  std::string known;
+  for (const Row& row : table) {
+    if (name == row.name) return row;
+    known += std::string(known.empty() ? "" : ", ") + row.name;
+  }
+  throw py::value_error(std::string("unknown ") + what + " '" + name + "': expected " + known);
+}
+
 py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
                   int64_t directions, int threads, bool training, int itemsize) {
+  const frnn::CellKind kind = by_name(frnn::kCellNames, cell, "cell").kind;
   if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || threads < 1 || directions < 1 || directions > 2)
     throw py::value_error("cpu_plan: expected positive sizes and threads, and 1 or 2 directions");
   if (itemsize != 4 && itemsize != 8)
     throw py::value_error("cpu_plan: itemsize must be 4 or 8 (16-bit types are computed in float)");
-  for (const frnn::CellName& known : frnn::kCellNames) {
-    if (cell != known.name) continue;
-    frnn::Shape shape{};
-    shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions;
-    const frnn::InstructionSet& set = frnn::instruction_set();
-    const auto problem = itemsize == 4 ? set.kernels->problem_float : set.kernels->problem_double;
-    const frnn::CpuProblem p = problem(known.kind, shape, threads, training);
-    const frnn::CpuPlan plan = frnn::plan_cpu(p);
-    py::dict result;
-    result["strategy"] = plan.direct ? "direct" : "packed";
-    result["input"] = plan.fuse_input ? "multiplied in the scan" : "one product before the scan";
-    result["isa"] = set.name;
-    result["vector"] = set.kernels->vector_bytes / itemsize;
-    result["threads"] = plan.threads();
-    result["direction_groups"] = plan.direction_groups;
-    result["unit_groups"] = plan.unit_groups;
-    result["row_groups"] = plan.row_groups;
-    result["units_per_panel"] = p.units_per_panel;
-    result["tile_rows"] = p.tile_rows;
-    result["why"] = plan.why;
-    return result;
-  }
-  throw py::value_error("unknown cell '" + cell + "': expected rnn_tanh, rnn_relu, gru or lstm");
+  frnn::Shape shape{};
+  shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions;
+  const frnn::InstructionSet& set = frnn::instruction_set();
+  const auto problem = itemsize == 4 ? set.kernels->problem_float : set.kernels->problem_double;
+  const frnn::CpuProblem p = problem(kind, shape, threads, training);
+  const frnn::CpuPlan plan = frnn::plan_cpu(p);
+  py::dict result;
+  result["strategy"] = plan.direct ? "direct" : "packed";
+  result["input"] = plan.fuse_input ? "multiplied in the scan" : "one product before the scan";
+  result["isa"] = set.name;
+  result["vector"] = set.kernels->vector_bytes / itemsize;
+  result["threads"] = plan.threads();
+  result["direction_groups"] = plan.direction_groups;
+  result["unit_groups"] = plan.unit_groups;
+  result["row_groups"] = plan.row_groups;
+  result["units_per_panel"] = p.units_per_panel;
+  result["tile_rows"] = p.tile_rows;
+  result["why"] = plan.why;
+  return result;
+}
+
+struct Dtype {
+  const char* name;
+  int accumulate_size;  // bytes of a number that sums are kept in
+};
+constexpr Dtype kDtypes[] = {{"fp32", 4}, {"tf32", 4}, {"fp64", 8}, {"fp16", 4}, {"bf16", 4}};
+
+// "sm_90", "sm_90a", "90" or "9.0"; empty: any.
+std::string arch_name(const std::string& text) {
+  std::string digits;
+  for (const char c : text)
+    if (c >= '0' && c <= '9') digits += c;
+  if (digits.size() < 2 || digits.size() > 3 || std::stoi(digits) < 75)
+    throw py::value_error("unknown architecture '" + text +
+                          "': expected something like sm_90, and not below sm_75");
+  return "sm_" + digits;
+}
+
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I,
+                   int64_t H, int64_t P, int64_t directions, bool training, const std::string& arch) {
+  const frnn::CellKind kind = by_name(frnn::kCellNames, cell, "cell").kind;
+  if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || directions < 1 || directions > 2)
+    throw py::value_error("plan: expected positive sizes, and 1 or 2 directions");
+  const Dtype& number = by_name(kDtypes, dtype, "dtype");
+  const frnn::CudaPlan plan = frnn::plan_cuda(
+      {T, B, I, H, P, directions, frnn::with_cell(kind, [](auto c) { return decltype(c)::kGates; }),
+       number.accumulate_size});
+  const bool fused = plan.strategy == frnn::Strategy::step_fused;
+  py::dict result;
+  result["strategy"] = frnn::strategy_name(plan.strategy);
+  result["arch"] = arch.empty() ? "any" : arch_name(arch);
+  result["pass"] = training ? "forward, saving for the backward pass" : "forward";
+  result["input"] = plan.fuse_input ? "multiplied in the step's kernel"
+                                    : "one product over " + std::to_string(plan.chunk_steps) + " steps";
+  result["launches_per_step"] = fused ? 1 : 2;
+  result["why"] = plan.why;
+  return result;
+}
+
+void force_plan(const std::optional<std::string>& name) {
+  frnn::force_strategy(name ? &by_name(frnn::kStrategyNames, *name, "strategy").strategy : nullptr);
+}
+
+std::optional<std::string> forced_plan() {
+  const frnn::Strategy* forced = frnn::forced_strategy();
+  return forced ? std::optional<std::string>(frnn::strategy_name(*forced)) : std::nullopt;
 }
 
 }  // namespace
@@ -113,4 +170,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("P") = 0, py::arg("directions") = 1, py::arg("threads") = 1, py::arg("training") = false,
         py::arg("itemsize") = 4,
         "How a layer would be spread over the CPU. `training` asks for the backward scan's plan.");
+  m.def("plan", &cuda_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
+        py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("directions") = 1, py::arg("training") = false,
+        py::arg("arch") = "", "Which CUDA kernels would run a layer. Needs no GPU.");
+  m.def("force_plan", &force_plan, py::arg("strategy"), "See fused_rnn.force_plan.");
+  m.def("forced_plan", &forced_plan, "The strategy that force_plan asked for, or None.");
 }

@@ -5,6 +5,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch, revert
 from .info import build_info
 from .modules import GRU, LSTM, RNN
+from .plan import force_plan
 
 __all__ = [
     "GRU",
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "force_plan",
     "patch",
     "revert",
 ]

@@ -24,11 +24,15 @@ def _path(tensors: Sequence[Tensor | None]) -> int:
     which it raises torch's own errors; function transforms and forward-mode derivatives, which look inside its
     operations.
     """
-    dtype = tensors[0].dtype
+    first = tensors[0]
+    dtype, on_cpu = first.dtype, first.is_cpu
+    device = None if on_cpu else first.device  # is_cpu is cheaper to ask
+    if not (on_cpu or (first.is_cuda and ops.CUDA_KERNELS)):
+        return _REFERENCE
     records = False
     for tensor in tensors:
         if tensor is not None:
-            if not (tensor.is_cpu and tensor.dtype is dtype):
+            if not (tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device)):
                 return _REFERENCE
             records = records or tensor.requires_grad
     if (

@@ -13,7 +13,10 @@ import torch
 
 from ._extension import load
 
-load()  # the shared object registers the operators
+_C = load()  # the shared object registers the operators
+
+#: Whether the operators were built for CUDA tensors too.
+CUDA_KERNELS = bool(_C.cuda_archs())
 
 _ops = torch.ops.fused_rnn
 layer_forward = _ops.layer_forward.default
@@ -41,8 +44,9 @@ CELLS = {
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
-def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _saved_dtype(input: torch.Tensor) -> torch.dtype:
+    """The CPU computes and saves 16-bit types in float32; on the GPU, where memory is dear, they are saved as such."""
+    return torch.float32 if input.element_size() == 2 and input.device.type != "cuda" else input.dtype
 
 
 @torch.library.register_fake("fused_rnn::layer_forward")
@@ -58,7 +62,7 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.size(1)
     state = w_hh.size(1)
     saved = input.new_empty(
-        (directions if save else 0, rows, traits.saved * hidden), dtype=_saved_dtype(input.dtype)
+        (directions if save else 0, rows, traits.saved * hidden), dtype=_saved_dtype(input)
     )
     cn = input.new_empty((directions, batch, hidden) if CELLS[cell].cell_state else (0,))
     output = input.new_empty((*input.shape[:-1], directions * state))
@@ -100,7 +104,7 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
 def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save):
     traits = CELLS[cell]
     batch, hidden = input.size(0), w_hh.size(1)
-    saved = input.new_empty((1 if save else 0, batch, traits.saved * hidden), dtype=_saved_dtype(input.dtype))
+    saved = input.new_empty((1 if save else 0, batch, traits.saved * hidden), dtype=_saved_dtype(input))
     return (
         input.new_empty((batch, hidden)),
         input.new_empty((batch, hidden) if CELLS[cell].cell_state else (0,)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,8 +23,10 @@ settings.register_profile(
 )
 settings.load_profile("fused_rnn")
 
-# What computes: each CPU instruction set this machine can run, and the GPU where there is one.
+# What computes: each CPU instruction set this machine can run, the CUDA backend with emulated kernels, and the GPU
+# where there is one.
 BACKENDS = [pytest.param(("cpu", isa), id=f"cpu-{isa}") for isa in _C.isas()]
+BACKENDS.append(pytest.param(("emulated", None), id="cuda-emulated"))
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
     BACKENDS.append(pytest.param(("cuda", None), id="cuda", marks=pytest.mark.cuda))
@@ -61,6 +64,10 @@ def _same_start() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device to compute on, once per CPU instruction set: for tests of numbers."""
     device, isa = request.param
+    if device == "emulated":
+        with emulated.in_place_of_the_cpu():
+            yield "cpu"
+        return
     if isa is not None:
         _C.set_isa(isa)  # put back by _same_start
     with _torch_without_cudnn(device):
@@ -76,5 +83,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def _torch_without_cudnn(device: str):
     """Through cuDNN torch.nn's layers refuse much (backward in eval mode, double backward, a non-contiguous hx)
-    that they allow through torch's own kernels: those are what ours is compared with."""
-    return contextlib.nullcontext() if device == "cpu" else torch.backends.cudnn.flags(enabled=False)
+    that they allow through torch's own kernels: those are what ours is compared with. Without TF32: it is on for
+    recurrent layers unless told, which our kernels obey, and off for the products that torch's kernels are made of."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)

@@ -1,18 +1,13 @@
 // The backward operators: scan from the last step to the first, then the weights' gradients as matrix products over
 // all steps.
-#include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
 #include <array>
 
-#include "problem.h"
+#include "scan.h"
 
 namespace frnn {
 namespace {
@@ -44,101 +39,11 @@ Tensor part(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
   return count == tensor.size(dim) ? tensor : tensor.narrow(dim, first, count);
 }
 
-struct BackwardTensors {
-  Tensor x, h0, c0, output, saved;    // of the forward pass
-  Tensor grad_output, grad_hn;        // [N, D*Hr], [D, B, Hr]; undefined: zero
-  std::vector<Tensor> dgates, dproj;  // by direction: [N, kGateGrads*H], [N, P]
-  Tensor carry, dh0;                  // [D, B, H], [D, B, Hr]
-};
-
-template <class T>
-void scan(const Problem& p, const BackwardTensors& t) {
-  const Shape& s = p.shape;
-  BackwardArgs<T> args{};
-  args.shape = s;
-  args.threads = at::get_num_threads();
-  const auto at_direction = [&s](const Tensor& tensor, int64_t d) {
-    return tensor.defined() ? output_of<T>(tensor) + d * tensor.numel() / s.D : nullptr;
-  };
-  for (int64_t d = 0; d < s.D; ++d) {
-    BackwardDirection<T>& to = args.direction[d];
-    to.reverse = d == 1;
-    to.w_hh = input_of<T>(p.weights[d].w_hh);
-    to.w_hr = input_of<T>(p.weights[d].w_hr);
-    to.h0 = at_direction(t.h0, d);
-    to.c0 = at_direction(t.c0, d);
-    to.output = input_of<T>(t.output) + d * s.Hr();
-    to.output_stride = s.D * s.Hr();
-    to.saved = at_direction(t.saved, d);
-    if (t.grad_output.defined()) to.grad_output = input_of<T>(t.grad_output) + d * s.Hr();
-    to.grad_output_stride = s.D * s.Hr();
-    to.grad_hn = at_direction(t.grad_hn, d);
-    to.dgates = output_of<T>(t.dgates[d]);
-    to.dproj = output_of<T>(t.dproj[d]);
-    to.carry = at_direction(t.carry, d);
-    to.dh0 = at_direction(t.dh0, d);
-  }
-  instruction_set().kernels->backward(p.cell.kind, args);
-}
-
-// h_{t-1} of every row, [N, Hr], as one direction of the scan met it.
-template <class T>
-Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
-  const Shape& s = p.shape;
-  const int64_t Hr = s.Hr(), stride = s.D * Hr;
-  if (s.T == 1 && t.h0.defined()) return t.h0.view({s.D, s.B, Hr}).select(0, d);
-  Tensor result = p.allocate({s.N, Hr});
-  T* to = output_of<T>(result);
-  const T* output = input_of<T>(t.output) + d * Hr;
-  const T* h0 = t.h0.defined() ? input_of<T>(t.h0) + d * s.B * Hr : nullptr;
-  at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
-    for (int64_t step = first; step < last; ++step) {
-      const int64_t before = d == 1 ? step + 1 : step - 1;
-      const bool inside = before >= 0 && before < s.T;
-      for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
-        T* row = to + (s.offsets[step] + b) * Hr;
-        if (inside && b < s.batch_sizes[before])
-          std::copy_n(output + (s.offsets[before] + b) * stride, Hr, row);
-        else if (h0)
-          std::copy_n(h0 + b * Hr, Hr, row);
-        else
-          std::fill_n(row, Hr, T(0));
-      }
-    }
-  });
-  return result;
-}
-
-// result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
-constexpr int64_t kFewRows = 4;
-template <class T>
-void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0), columns = b.size(1), a_stride = a.stride(0), b_stride = b.stride(0);
-  const T *from_a = input_of<T>(a), *from_b = input_of<T>(b);
-  T* to = output_of<T>(result);
-  for (int64_t i = 0; i < result.size(0); ++i, to += columns) {
-    for (int64_t j = 0; j < columns; ++j) to[j] = from_a[i] * from_b[j];
-    for (int64_t row = 1; row < rows; ++row)
-      for (int64_t j = 0; j < columns; ++j) to[j] += from_a[row * a_stride + i] * from_b[row * b_stride + j];
-  }
-}
-
-// result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
-// thousands of rows would be several times less accurate. MKL sums large products in blocks by itself, small
-// and narrow ones it does not: those are summed here in chunks of rows.
-void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
-  constexpr int64_t kSmall = 1 << 17;
-  const int64_t rows = a.size(0);
-  if (rows <= kFewRows)
-    return result.scalar_type() == at::kFloat ? product_over_few_rows<float>(result, a, b)
-                                              : product_over_few_rows<double>(result, a, b);
-  const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
-  Tensor sum = result;
-  at::mm_out(sum, part(a, 0, 0, std::min(chunk, rows)).t(), part(b, 0, 0, std::min(chunk, rows)));
-  for (int64_t first = chunk; first < rows; first += chunk) {
-    const int64_t count = std::min(chunk, rows - first);
-    sum.add_(at::mm(part(a, 0, first, count).t(), part(b, 0, first, count)));
-  }
+// [N, columns] for each direction, in one allocation; undefined without columns.
+std::vector<Tensor> by_direction(const Problem& p, int64_t columns) {
+  if (columns == 0) return std::vector<Tensor>(p.D());
+  if (p.D() == 1) return {p.allocate({p.shape.N, columns})};
+  return p.allocate({p.D(), p.shape.N, columns}).unbind(0);
 }
 
 void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
@@ -152,15 +57,13 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
   if (wanted.weight(d, kWih)) {
     result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
     for (const InputSide& side : sides) {
-      product_over_rows(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
-                        t.x, s.B);
+      p.backend.product_over_rows(part(result[kWih], 0, side.row, side.count),
+                                  part(dgates, 1, side.column, side.count), t.x, s.B);
     }
   }
   if (wanted.weight(d, kWhh)) {
-    const Tensor h_prev =
-        p.compute == at::kFloat ? previous_hidden<float>(p, t, d) : previous_hidden<double>(p, t, d);
     result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
-    product_over_rows(result[kWhh], recurrent, h_prev, s.B);
+    p.backend.product_over_rows(result[kWhh], recurrent, t.previous[d], s.B);
   }
   const auto sum_over_rows = [&] { return s.N == 1 ? recurrent.select(0, 0).clone() : recurrent.sum(0); };
   if (wanted.weight(d, kBhh)) result[kBhh] = sum_over_rows();
@@ -176,21 +79,16 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
     const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
     const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
     result[kWhr] = p.allocate({s.P, s.H});
-    product_over_rows(result[kWhr], t.dproj[d], hidden, s.B);
+    p.backend.product_over_rows(result[kWhr], t.dproj[d], hidden, s.B);
   }
 }
 
 Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
   Tensor result;
   for (int64_t d = 0; d < p.D(); ++d)
-    for (const InputSide& side : input_side(p.cell, p.shape.H)) {
-      const Tensor dgates = part(t.dgates[d], 1, side.column, side.count);
-      const Tensor weights = part(p.weights[d].w_ih, 0, side.row, side.count);
-      if (result.defined())
-        result.addmm_(dgates, weights);
-      else
-        result = at::mm(dgates, weights);
-    }
+    for (const InputSide& side : input_side(p.cell, p.shape.H))
+      p.backend.add_product(result, part(t.dgates[d], 1, side.column, side.count),
+                            part(p.weights[d].w_ih, 0, side.row, side.count));
   return result;
 }
 
@@ -201,7 +99,7 @@ Gradients gradients_of_nothing(const Problem& p, const BackwardTensors& t, const
   const Shape& s = p.shape;
   Gradients result;
   const auto zero = [&](int which, at::IntArrayRef sizes) {
-    if (wanted(which)) result[which] = at::zeros(sizes, at::dtype(p.compute));
+    if (wanted(which)) result[which] = at::zeros(sizes, at::dtype(p.compute).device(p.device));
   };
   zero(kInput, {s.N, s.I});
   for (int state : {kH0, kC0})
@@ -225,7 +123,7 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
   const auto rows = [&](const OptTensor& t) {
     return t.has_value() && t->dim() != 2 ? OptTensor(t->reshape({s.N, t->size(-1)})) : t;
   };
-  BackwardTensors t;
+  BackwardTensors t{};
   t.x = p.operand(rows(input), {s.N, s.I}, "input");
   t.h0 = p.state(h0, s.Hr(), "h0");
   t.c0 = p.state(c0, s.H, "c0");
@@ -241,22 +139,18 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
   if (p.empty()) {
     result = gradients_of_nothing(p, t, wanted);
   } else {
-    for (int64_t d = 0; d < s.D; ++d) {
-      t.dgates.push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
-      t.dproj.push_back(s.P ? p.allocate({s.N, s.P}) : Tensor());
-    }
+    t.dgates = by_direction(p, p.cell.gate_grads * s.H);
+    t.dproj = by_direction(p, s.P);
     if (p.cell.carry) {
-      t.carry = p.allocate_state(s.H);
+      t.carry = p.allocate_state(s.H, p.accumulate);
       if (p.cell.cell_state && grad_cell.defined())
         t.carry.copy_(grad_cell);
       else
         t.carry.zero_();
     }
-    if (wanted(kH0)) t.dh0 = p.allocate_state(s.Hr());
-    if (p.compute == at::kFloat)
-      scan<float>(p, t);
-    else
-      scan<double>(p, t);
+    t.wants_dh0 = wanted(kH0);
+    for (int64_t d = 0; d < s.D; ++d) t.wants_previous |= wanted.weight(d, kWhh);
+    p.backend.backward(p, t);
     if (wanted(kInput)) result[kInput] = input_gradient(p, t);
     result[kH0] = t.dh0;
     if (wanted(kC0)) result[kC0] = t.carry;
@@ -286,8 +180,7 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output.scalar_type(),
-                  false);
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false);
   Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
@@ -298,8 +191,7 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
                        const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
                        const Tensor& saved, int64_t needs) {
   const PlainDispatch guard;
-  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})},
-                  h.scalar_type(), true);
+  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h, true);
   const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs);
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
 }

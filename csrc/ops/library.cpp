@@ -12,7 +12,7 @@
 // These operators know no autograd: fused_rnn/ops.py and autograd.py are the way to call them.
 #include <torch/library.h>
 
-#include "ops.h"
+#include "scan.h"
 
 TORCH_LIBRARY(fused_rnn, m) {
   m.def(
@@ -38,12 +38,26 @@ TORCH_LIBRARY(fused_rnn, m) {
       "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh)");
 }
 
-TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+namespace {
+void register_operators(torch::Library& m) {
   m.impl("layer_forward", &frnn::layer_forward);
   m.impl("layer_backward", &frnn::layer_backward);
   m.impl("cell_forward", &frnn::cell_forward);
   m.impl("cell_backward", &frnn::cell_backward);
 }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { register_operators(m); }
+
+#ifdef FRNN_WITH_CUDA
+TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) { register_operators(m); }
+
+const frnn::Backend& frnn::backend_of(const Tensor& tensor) {
+  return tensor.is_cuda() ? kCudaBackend : kCpuBackend;
+}
+#else
+const frnn::Backend& frnn::backend_of(const Tensor&) { return kCpuBackend; }
+#endif
 
 // Past autograd without a stop: torch's own fallback would box every argument, some microseconds a call.
 TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {

@@ -3,7 +3,10 @@
 #include "problem.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
+
+#include "scan.h"
 
 namespace frnn {
 
@@ -71,12 +74,14 @@ DirectionWeights direction_weights(const OptTensor& w_ih, const OptTensor& w_hh,
   return {get(w_ih), get(w_hh), get(b_ih), get(b_hh), get(w_hr)};
 }
 
-Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> given, at::ScalarType dtype_,
+Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> given, const Tensor& rows_,
                  bool is_cell_)
-    : cell(cell_), steps(std::move(steps_)), weights(std::move(given)), dtype(dtype_), is_cell(is_cell_) {
+    : backend(backend_of(rows_)), cell(cell_), steps(std::move(steps_)), weights(std::move(given)),
+      device(rows_.device()), dtype(rows_.scalar_type()), is_cell(is_cell_) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
               "fused_rnn: unsupported dtype ", dtype);
-  compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  compute = backend.widens ? accumulate : dtype;
 
   const DirectionWeights& first = weights[0];
   TORCH_CHECK(first.w_ih.dim() == 2 && first.w_hh.dim() == 2, "fused_rnn: w_ih and w_hh must be 2-D");
@@ -112,7 +117,8 @@ Tensor Problem::operand(const OptTensor& tensor, at::IntArrayRef sizes, const ch
   if (!tensor.has_value() || !tensor->defined()) return {};
   TORCH_CHECK(tensor->sizes() == sizes, "fused_rnn: expected ", name, " of size ", sizes, ", got ",
               tensor->sizes());
-  TORCH_CHECK(tensor->is_cpu(), "fused_rnn: expected ", name, " on the CPU, got ", tensor->device());
+  TORCH_CHECK(tensor->device() == device, "fused_rnn: expected ", name, " on ", device, ", got ",
+              tensor->device());
   TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == compute, "fused_rnn: expected ",
               name, " of dtype ", dtype, ", got ", tensor->scalar_type());
   // `to` and `contiguous` cost a dispatch each even where they have nothing to do, a tenth of a small cell's call.
@@ -126,12 +132,14 @@ Tensor Problem::state(const OptTensor& tensor, int64_t size, const char* name) c
   return operand(tensor, {shape.D, shape.B, size}, name);
 }
 
-Tensor Problem::allocate(at::IntArrayRef sizes) const {
-  return at::detail::empty_cpu(sizes, compute, /*pin_memory=*/false, std::nullopt);
+Tensor Problem::allocate(at::IntArrayRef sizes, at::ScalarType type) const {
+  if (device.is_cpu())
+    return at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, std::nullopt);  // no dispatch
+  return at::empty(sizes, at::dtype(type).device(device));
 }
 
-Tensor Problem::allocate_state(int64_t size) const {
-  return is_cell ? allocate({shape.B, size}) : allocate({shape.D, shape.B, size});
+Tensor Problem::allocate_state(int64_t size, at::ScalarType type) const {
+  return is_cell ? allocate({shape.B, size}, type) : allocate({shape.D, shape.B, size}, type);
 }
 
 void Problem::to_dtype(Tensor& tensor) const {

@@ -6,8 +6,8 @@
 
 #include <vector>
 
+#include "../args.h"
 #include "../cells/cells.h"
-#include "../cpu/kernels.h"
 #include "ops.h"
 
 namespace frnn {
@@ -39,16 +39,22 @@ struct Steps {
 Steps steps_of(const Tensor& rows, const OptTensor& batch_sizes);
 Steps one_step(const Tensor& rows);  // of a cell, [B, ...]
 
+struct Backend;
+
 struct Problem {
+  const Backend& backend;
   CellTraits cell;
   Steps steps;
   std::vector<DirectionWeights> weights;  // one a direction, in the dtype of the computation, contiguous
   Shape shape;                            // points into `steps`
-  at::ScalarType dtype;                   // of the tensors that come and go
-  at::ScalarType compute;                 // float for the 16-bit types
-  bool is_cell;                           // a *Cell's call: states are [B, size], without directions
+  at::Device device;
+  at::ScalarType dtype;       // of the tensors that come and go
+  at::ScalarType compute;     // of the numbers that kernels read and write; float for 16-bit types on the CPU
+  at::ScalarType accumulate;  // of sums and of the cell state: float or double
+  bool is_cell;               // a *Cell's call: states are [B, size], without directions
 
-  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, at::ScalarType dtype,
+  // `rows` is the call's input or output: its device and dtype are the call's.
+  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, const Tensor& rows,
           bool is_cell);
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
@@ -59,8 +65,10 @@ struct Problem {
   Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const;
   Tensor state(const OptTensor& tensor, int64_t size,
                const char* name) const;  // likewise, a hidden or cell state
-  Tensor allocate(at::IntArrayRef sizes) const;
-  Tensor allocate_state(int64_t size) const;
+  Tensor allocate(at::IntArrayRef sizes) const { return allocate(sizes, compute); }
+  Tensor allocate(at::IntArrayRef sizes, at::ScalarType type) const;
+  Tensor allocate_state(int64_t size) const { return allocate_state(size, compute); }
+  Tensor allocate_state(int64_t size, at::ScalarType type) const;
   void to_dtype(
       Tensor& tensor) const;  // what the call returns, in the dtype of its tensors; undefined stays so
 };

@@ -1,0 +1,168 @@
+// The CPU's part of the operators: threads, the kernels of csrc/cpu, and sums over the rows of all steps.
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "../cpu/kernels.h"
+#include "scan.h"
+
+namespace frnn {
+namespace {
+
+template <class T>
+void forward(const Problem& p, bool save, ForwardTensors& t) {
+  const CpuKernels& kernels = *instruction_set().kernels;
+  const Shape& s = p.shape;
+  ForwardArgs<T> args{};
+  args.shape = s;
+  args.threads = at::get_num_threads();
+  const auto problem = sizeof(T) == 4 ? kernels.problem_float : kernels.problem_double;
+  const bool fuse_input = plan_cpu(problem(p.cell.kind, s, args.threads, false)).fuse_input;
+
+  if (p.cell.cell_state) t.c0.defined() ? t.cn.copy_(t.c0) : t.cn.zero_();  // c_t is updated in place
+  Tensor gates_x[2];
+  for (int64_t d = 0; d < s.D; ++d) {
+    const DirectionWeights& w = p.weights[d];
+    ForwardDirection<T>& to = args.direction[d];
+    if (fuse_input) {
+      to.x = input_of<T>(t.x);
+      to.w_ih = input_of<T>(w.w_ih);
+      to.b_ih = input_of<T>(w.b_ih);
+    } else {
+      gates_x[d] = w.b_ih.defined() ? at::addmm(w.b_ih, t.x, w.w_ih.t()) : at::mm(t.x, w.w_ih.t());
+      to.gates_x = input_of<T>(gates_x[d]);
+    }
+    to.reverse = d == 1;
+    to.w_hh = input_of<T>(w.w_hh);
+    to.b_hh = input_of<T>(w.b_hh);
+    to.w_hr = input_of<T>(w.w_hr);
+    if (t.h0.defined()) to.h0 = input_of<T>(t.h0) + d * s.B * s.Hr();
+    to.output = output_of<T>(t.output) + d * s.Hr();
+    to.output_stride = s.D * s.Hr();
+    if (t.hn.defined()) to.hn = output_of<T>(t.hn) + d * s.B * s.Hr();
+    if (p.cell.cell_state) to.c = output_of<T>(t.cn) + d * s.B * s.H;
+    if (save) to.saved = output_of<T>(t.saved) + d * s.N * p.cell.saved * s.H;
+  }
+  kernels.forward(p.cell.kind, args);
+}
+
+// h_{t-1} of every row, [N, Hr], as one direction of the scan met it.
+template <class T>
+Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
+  const Shape& s = p.shape;
+  const int64_t Hr = s.Hr(), stride = s.D * Hr;
+  if (s.T == 1 && t.h0.defined()) return t.h0.view({s.D, s.B, Hr}).select(0, d);
+  Tensor result = p.allocate({s.N, Hr});
+  T* to = output_of<T>(result);
+  const T* output = input_of<T>(t.output) + d * Hr;
+  const T* h0 = t.h0.defined() ? input_of<T>(t.h0) + d * s.B * Hr : nullptr;
+  at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
+    for (int64_t step = first; step < last; ++step) {
+      const int64_t before = d == 1 ? step + 1 : step - 1;
+      const bool inside = before >= 0 && before < s.T;
+      for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
+        T* row = to + (s.offsets[step] + b) * Hr;
+        if (inside && b < s.batch_sizes[before])
+          std::copy_n(output + (s.offsets[before] + b) * stride, Hr, row);
+        else if (h0)
+          std::copy_n(h0 + b * Hr, Hr, row);
+        else
+          std::fill_n(row, Hr, T(0));
+      }
+    }
+  });
+  return result;
+}
+
+template <class T>
+void backward(const Problem& p, BackwardTensors& t) {
+  const Shape& s = p.shape;
+  if (t.wants_dh0) t.dh0 = p.allocate_state(s.Hr());
+  BackwardArgs<T> args{};
+  args.shape = s;
+  args.threads = at::get_num_threads();
+  const auto at_direction = [&s](const Tensor& tensor, int64_t d) {
+    return tensor.defined() ? output_of<T>(tensor) + d * tensor.numel() / s.D : nullptr;
+  };
+  for (int64_t d = 0; d < s.D; ++d) {
+    BackwardDirection<T>& to = args.direction[d];
+    to.reverse = d == 1;
+    to.w_hh = input_of<T>(p.weights[d].w_hh);
+    to.w_hr = input_of<T>(p.weights[d].w_hr);
+    to.h0 = at_direction(t.h0, d);
+    to.c0 = at_direction(t.c0, d);
+    to.output = input_of<T>(t.output) + d * s.Hr();
+    to.output_stride = s.D * s.Hr();
+    to.saved = at_direction(t.saved, d);
+    if (t.grad_output.defined()) to.grad_output = input_of<T>(t.grad_output) + d * s.Hr();
+    to.grad_output_stride = s.D * s.Hr();
+    to.grad_hn = at_direction(t.grad_hn, d);
+    to.dgates = output_of<T>(t.dgates[d]);
+    to.dproj = output_of<T>(t.dproj[d]);
+    to.carry = at_direction(t.carry, d);
+    to.dh0 = at_direction(t.dh0, d);
+  }
+  instruction_set().kernels->backward(p.cell.kind, args);
+  for (int64_t d = 0; d < s.D && t.wants_previous; ++d) t.previous.push_back(previous_hidden<T>(p, t, d));
+}
+
+// result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
+constexpr int64_t kFewRows = 4;
+template <class T>
+void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
+  const int64_t rows = a.size(0), columns = b.size(1), a_stride = a.stride(0), b_stride = b.stride(0);
+  const T *from_a = input_of<T>(a), *from_b = input_of<T>(b);
+  T* to = output_of<T>(result);
+  for (int64_t i = 0; i < result.size(0); ++i, to += columns) {
+    for (int64_t j = 0; j < columns; ++j) to[j] = from_a[i] * from_b[j];
+    for (int64_t row = 1; row < rows; ++row)
+      for (int64_t j = 0; j < columns; ++j) to[j] += from_a[row * a_stride + i] * from_b[row * b_stride + j];
+  }
+}
+
+Tensor first_rows(const Tensor& tensor, int64_t rows) {
+  return rows == tensor.size(0) ? tensor : tensor.narrow(0, 0, rows);
+}
+
+// result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
+// thousands of rows would be several times less accurate. MKL sums large products in blocks by itself, small
+// and narrow ones it does not: those are summed here in chunks of rows.
+void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
+  constexpr int64_t kSmall = 1 << 17;
+  const int64_t rows = a.size(0);
+  if (rows <= kFewRows)
+    return result.scalar_type() == at::kFloat ? product_over_few_rows<float>(result, a, b)
+                                              : product_over_few_rows<double>(result, a, b);
+  const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
+  Tensor sum = result;
+  at::mm_out(sum, first_rows(a, std::min(chunk, rows)).t(), first_rows(b, std::min(chunk, rows)));
+  for (int64_t first = chunk; first < rows; first += chunk) {
+    const int64_t count = std::min(chunk, rows - first);
+    sum.add_(at::mm(a.narrow(0, first, count).t(), b.narrow(0, first, count)));
+  }
+}
+
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (sum.defined())
+    sum.addmm_(a, b);
+  else
+    sum = at::mm(a, b);
+}
+
+}  // namespace
+
+const Backend kCpuBackend{
+    /*widens=*/true,
+    [](const Problem& p, bool save, ForwardTensors& t) {
+      p.compute == at::kFloat ? forward<float>(p, save, t) : forward<double>(p, save, t);
+    },
+    [](const Problem& p, BackwardTensors& t) {
+      p.compute == at::kFloat ? backward<float>(p, t) : backward<double>(p, t);
+    },
+    &product_over_rows,
+    &add_product,
+};
+
+}  // namespace frnn

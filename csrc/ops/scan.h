@@ -1,0 +1,38 @@
+// What a device does for the operators: the scan over time, and the few sums that it does better than ATen alone.
+#pragma once
+
+#include "problem.h"
+
+namespace frnn {
+
+struct ForwardTensors {
+  Tensor x, h0, c0;  // [N, I], [D, B, Hr], [D, B, H]; states undefined: zero
+  Tensor reset;      // [N] bool or undefined: a row's state is zero before the steps where it is set
+  Tensor output, hn, cn,
+      saved;  // [N, D*Hr], [D, B, Hr] or undefined: not wanted, [D, B, H], [D, N, kSaved*H]
+};
+
+struct BackwardTensors {
+  Tensor x, h0, c0, output, saved, reset;  // of the forward pass
+  Tensor grad_output, grad_hn;             // [N, D*Hr], [D, B, Hr]; undefined: zero
+  bool wants_dh0, wants_previous;
+  std::vector<Tensor> dgates, dproj;  // by direction, in one allocation each: [N, kGateGrads*H], [N, P]
+  std::vector<Tensor> previous;       // by direction, where wanted: h_{t-1} of every row, [N, Hr]
+  Tensor carry, dh0;  // [D, B, H] holding the gradient of c_n or zero; [D, B, Hr], where wanted
+};
+
+struct Backend {
+  bool widens;  // computes 16-bit types in float32
+  void (*forward)(const Problem& p, bool save, ForwardTensors& t);
+  void (*backward)(const Problem& p, BackwardTensors& t);
+  // result = a^T b, a [rows, m], b [rows, n]: a sum over the rows of all steps.
+  void (*product_over_rows)(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch);
+  // sum += a b, or its first term if undefined; in the dtype of sums.
+  void (*add_product)(Tensor& sum, const Tensor& a, const Tensor& b);
+};
+extern const Backend kCpuBackend, kCudaBackend;
+
+// That of the device where the tensor is (library.cpp).
+const Backend& backend_of(const Tensor& tensor);
+
+}  // namespace frnn

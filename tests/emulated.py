@@ -1,0 +1,81 @@
+"""The CUDA backend without a GPU: its operators on CPU tensors, its kernels emulated (tests/emulation)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from emulation import build
+from torch.utils import cpp_extension
+
+from fused_rnn import ops
+
+OPERATORS = ("layer_forward", "layer_backward", "cell_forward", "cell_backward")
+HERE = Path(__file__).resolve().parent / "emulation"
+
+
+@lru_cache(maxsize=1)
+def load() -> SimpleNamespace:
+    """Compiles (once) and loads; `operators` by name, and `runtime`, the C functions of runtime/exported.h."""
+    csrc = build.CSRC
+    host = [csrc / "ops" / name for name in ("problem.cpp", "forward.cpp", "backward.cpp", "cuda/scan.cpp")]
+    host += [csrc / "cuda" / "plan.cpp", HERE / "gpu.cpp", HERE / "operators.cpp"]
+    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags += [word for path in cpp_extension.include_paths(device_type="cpu") for word in ("-isystem", path)]
+    folder = cpp_extension.library_paths(device_type="cpu")[0]
+    path = build.library(
+        "operators",
+        device=sorted((csrc / "cuda").glob("step_*.cu")),
+        host=host,
+        host_flags=flags,
+        link=[f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10"],
+    )
+    torch.ops.load_library(str(path))
+    runtime = ctypes.CDLL(str(path))
+    runtime.frnn_emulation_last_error.restype = ctypes.c_char_p
+    runtime.frnn_emulation_set_seed.argtypes = [ctypes.c_uint64]
+    runtime.frnn_emulation_set_yield_probability.argtypes = [ctypes.c_double]
+    runtime.frnn_emulation_guard_tensors.argtypes = [ctypes.c_bool]
+    registered = torch.ops.fused_rnn_emulated
+    operators = {name: getattr(registered, name).default for name in (*OPERATORS, "layer_with_reset")}
+    return SimpleNamespace(operators=SimpleNamespace(**operators), runtime=runtime)
+
+
+@contextlib.contextmanager
+def guarded_tensors() -> Iterator[None]:
+    """Tensors made inside lie in memory that the emulation knows; kernels may touch no others."""
+    runtime = load().runtime
+    runtime.frnn_emulation_guard_tensors(True)
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_guard_tensors(False)
+
+
+def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Copies the operands to where kernels may read: a test's may be older than its `guarded_tensors`."""
+
+    def call(*arguments: Any) -> Any:
+        return operator(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
+
+    return call
+
+
+@contextlib.contextmanager
+def in_place_of_the_cpu() -> Iterator[None]:
+    """Everything that calls the operators, down from the modules, computes on the emulated GPU."""
+    ours = {name: getattr(ops, name) for name in OPERATORS}
+    with guarded_tensors():
+        for name in OPERATORS:
+            setattr(ops, name, on_device(getattr(load().operators, name)))
+        try:
+            yield
+        finally:
+            for name, operator in ours.items():
+                setattr(ops, name, operator)

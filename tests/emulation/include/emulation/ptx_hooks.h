@@ -1,0 +1,34 @@
+// What csrc/cuda/ptx.cuh calls in the runtime, besides hooks.h.
+#pragma once
+
+#include "hooks.h"
+
+namespace frnn_emulation {
+
+// 32-bit addresses of shared memory: distinct for every byte of every block that runs.
+uint32_t shared_address(const void* pointer);
+void* shared_pointer(uint32_t address);
+uint32_t address_at_rank(uint32_t address, unsigned rank);
+
+enum class Mma : int { bf16, f16, f16_k8, tf32 };
+void mma(Mma kind, float* acc, const uint32_t* a, const uint32_t* b);
+uint32_t to_tf32(float value);
+void load_matrices(uint32_t* registers, const void* row, bool transpose);
+
+void copy_async_16(void* shared, const void* global);
+void copy_commit();
+void copy_wait(unsigned groups_left);
+
+unsigned cluster_rank();
+unsigned cluster_size();
+void cluster_arrive();
+void cluster_wait();
+
+void mbarrier_init(uint64_t* mbarrier, unsigned arrivals);
+void mbarrier_arrive(uint64_t* mbarrier, unsigned expect_bytes);
+void mbarrier_arrive_cluster(uint32_t mbarrier);
+bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity, bool cluster);
+void mbarrier_wait(uint64_t* mbarrier, unsigned parity, bool cluster);
+void store_async(uint32_t address, const void* value, unsigned bytes, uint32_t mbarrier);
+
+}  // namespace frnn_emulation

@@ -1,0 +1,20 @@
+// The C functions by which tests drive the emulation, through ctypes.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void* frnn_emulation_malloc(size_t bytes);  // 64-byte aligned, every byte 0xff; null: no room
+EXPORTED void frnn_emulation_free(void* address);
+
+// The schedule of every launch from here on follows from this seed.
+EXPORTED void frnn_emulation_set_seed(uint64_t seed);
+// How probable it is that a thread gives way before an access to shared or global memory. 0: never.
+EXPORTED void frnn_emulation_set_yield_probability(double probability);
+EXPORTED void frnn_emulation_set_multiprocessors(int count);
+// What the last launch that failed did wrong; empty if none has failed since frnn_emulation_set_seed.
+EXPORTED const char* frnn_emulation_last_error();
+// Which thread ran when, in all launches since frnn_emulation_set_seed, as a hash.
+EXPORTED uint64_t frnn_emulation_schedule();
