@@ -1,5 +1,6 @@
 """Recurrent layers for PyTorch on fused kernels: drop-ins for the classes of the same names in ``torch.nn``."""
 
+from . import onnx
 from ._version import __version__
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch, revert
@@ -18,6 +19,7 @@ __all__ = [
     "build_info",
     "convert",
     "force_plan",
+    "onnx",
     "patch",
     "revert",
 ]

@@ -1,8 +1,9 @@
 """The autograd Functions: what the forward pass keeps, and what flows back.
 
-The first derivative runs in the fused kernels. A backward pass that is itself recorded (``create_graph=True``)
-recomputes through :mod:`fused_rnn.reference` instead, whose operations autograd can differentiate again, to any
-order. Classic Functions (``forward`` with ``ctx``): half the cost of a call of those with ``setup_context``.
+The first derivative runs in the fused kernels. A backward pass that is itself recorded (``create_graph=True``), or
+carries tangents of forward-mode, recomputes through :mod:`fused_rnn.reference` instead, whose operations autograd can
+differentiate again, to any order; one under vmap goes through :mod:`fused_rnn.transforms`. Classic Functions
+(``forward`` with ``ctx``): half the cost of a call of those with ``setup_context``.
 """
 
 from __future__ import annotations
@@ -11,38 +12,40 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import ops, reference
+from . import ops, reference, transforms
 
 
-def _bits(wanted: Sequence[bool]) -> int:
-    bits = 0
-    for k, want in enumerate(wanted):
-        bits |= want << k
-    return bits
+def _looked_into() -> bool:
+    """Whether the backward pass that runs now is itself being differentiated."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def _recorded_gradients(
+def _open_gradients(
     compute: Callable[..., tuple[Tensor | None, ...]],
     arguments: Sequence[Tensor | None],
     wanted: Sequence[bool],
     gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients of ``compute(*arguments)`` by recorded operations."""
-    # Aliases: were one tensor passed in two places (tied weights, h0 is c0), its gradient would else count twice.
-    aliases = [
-        t.view_as(t) if want and t is not None else t for t, want in zip(arguments, wanted, strict=True)
-    ]
-    results = compute(*aliases)
+    """Gradients of ``compute(*arguments)`` by operations that autograd can look into."""
+    if arguments[0] is None:
+        raise RuntimeError(_INPUT_IS_GONE)
+    with torch.enable_grad():
+        # Aliases: were one tensor passed in two places (tied weights, h0 is c0), its gradient would else count twice.
+        aliases = [
+            t.view_as(t) if want and t is not None else t for t, want in zip(arguments, wanted, strict=True)
+        ]
+        results = compute(*aliases)
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if r is not None and g is not None]
     inputs = [t for t, want in zip(aliases, wanted, strict=True) if want]
     if not pairs:
         return [None] * len(arguments)
+    outputs, incoming = zip(*pairs, strict=True)
     found = iter(
         torch.autograd.grad(
-            [r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+            outputs, inputs, incoming, create_graph=torch.is_grad_enabled(), allow_unused=True
         )
     )
     return [next(found) if want else None for want in wanted]
@@ -81,17 +84,20 @@ class Layer(Function):
         wanted = ctx.needs_input_grad[2:]
         if gradients[0] is None and all(g is None for g in gradients):
             return (None,) * (2 + len(arguments))
-        if torch.is_grad_enabled():
-            if arguments[0] is None:
-                raise RuntimeError(_INPUT_IS_GONE)
+        if _looked_into():
 
             def compute(input, h0, c0, *weights):
                 return reference.layer(ctx.cell, input, ctx.batch_sizes, h0, c0, *weights)
 
-            return None, None, *_recorded_gradients(compute, arguments, wanted, gradients)
+            return None, None, *_open_gradients(compute, arguments, wanted, gradients)
+        if torch._C._are_functorch_transforms_active():
+            found = transforms.layer_gradients(
+                ctx.cell, ctx.batch_sizes, wanted, gradients, arguments, output, saved
+            )
+            return None, None, *found
         input, *others = arguments
         found = ops.layer_backward(
-            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, _bits(wanted)
+            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, ops.bits(wanted)
         )
         return None, None, *found
 
@@ -122,12 +128,13 @@ class Cell(Function):
         wanted = ctx.needs_input_grad[1:]
         if gradients[0] is None and all(g is None for g in gradients):
             return (None,) * (1 + len(arguments))
-        if torch.is_grad_enabled():
-            if arguments[0] is None:
-                raise RuntimeError(_INPUT_IS_GONE)
+        if _looked_into():
 
             def compute(*arguments):
                 return reference.cell_step(ctx.cell, *arguments)
 
-            return None, *_recorded_gradients(compute, arguments, wanted, gradients)
-        return None, *ops.cell_backward(ctx.cell, *gradients, *arguments, h, saved, _bits(wanted))
+            return None, *_open_gradients(compute, arguments, wanted, gradients)
+        if torch._C._are_functorch_transforms_active():
+            found = transforms.cell_gradients(ctx.cell, wanted, gradients, arguments, h, saved)
+            return None, *found
+        return None, *ops.cell_backward(ctx.cell, *gradients, *arguments, h, saved, ops.bits(wanted))

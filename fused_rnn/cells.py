@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, scripting
 
 
 class _Cell(nn.RNNCellBase):
     """What the three cells share: input forms and checks."""
+
+    __prepare_scriptable__ = scripting.refuse
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() not in (1, 2):

@@ -8,25 +8,31 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, ops, reference
+from . import autograd, ops, reference, transforms
 
 #: h0 or (h0, c0); each (layers * directions, batch, size).
 States = tuple[Tensor, ...]
 
 
-_REFERENCE, _RECORDED, _PLAIN = range(3)  # plain PyTorch; kernels with autograd; kernels alone
+# plain PyTorch; kernels alone; kernels with autograd; kernels under transforms of torch.func
+_REFERENCE, _PLAIN, _RECORDED, _TRANSFORMED = range(4)
+
+
+_STATES = 3  # tensors before the weights: input, h0, c0
 
 
 def _path(tensors: Sequence[Tensor | None]) -> int:
-    """How to compute on these tensors, of which the first is never None.
+    """How to compute on these tensors: input, h0, c0, then weights. The input is never None.
 
     What the kernels do not take goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for
-    which it raises torch's own errors; function transforms and forward-mode derivatives, which look inside its
-    operations.
+    which it raises torch's own errors; forward-mode derivatives and transforms without a rule for a Function, which
+    look inside its operations.
     """
     first = tensors[0]
     dtype, on_cpu = first.dtype, first.is_cpu
-    device = None if on_cpu else first.device  # is_cpu is cheaper to ask
+    device = (
+        None if on_cpu else first.device
+    )  # is_cpu is the cheaper question, and a cell's call asks ten times
     if not (on_cpu or (first.is_cuda and ops.CUDA_KERNELS)):
         return _REFERENCE
     records = False
@@ -35,12 +41,11 @@ def _path(tensors: Sequence[Tensor | None]) -> int:
             if not (tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device)):
                 return _REFERENCE
             records = records or tensor.requires_grad
-    if (
-        dtype not in ops.DTYPES
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if dtype not in ops.DTYPES or forward_ad._current_level >= 0:
         return _REFERENCE
+    if torch._C._are_functorch_transforms_active():
+        kernels = not torch.compiler.is_compiling() and transforms.take(tensors[_STATES:])
+        return _TRANSFORMED if kernels else _REFERENCE
     return _RECORDED if records and torch.is_grad_enabled() else _PLAIN
 
 
@@ -53,12 +58,29 @@ def layer(
     weights: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer by the fastest path that can take it; arguments and results as in ``reference.layer``."""
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        output, hn, cn = ops.layer(cell, ops.BUILD, input, batch_sizes, h0, c0, *weights)
+        return output, hn, cn if ops.CELLS[cell].cell_state else None
+    return _computed_layer(cell, input, batch_sizes, h0, c0, *weights)
+
+
+def _computed_layer(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     path = _path((input, h0, c0, *weights))
     if path == _REFERENCE:
         return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
     if path == _RECORDED:
         return autograd.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
-    output, hn, cn, _ = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, False)
+    if path == _TRANSFORMED:
+        output, hn, cn, _ = transforms.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
+    else:
+        output, hn, cn, _ = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, False)
     return output, hn, cn if ops.CELLS[cell].cell_state else None
 
 
@@ -104,13 +126,52 @@ def cell_step(
 def _cell_step(
     cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        h, c = ops.cell_step(cell, ops.BUILD, input, h0, c0, *weights)
+        return h, c if ops.CELLS[cell].cell_state else None
+    return _computed_step(cell, input, h0, c0, *weights)
+
+
+def _computed_step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     path = _path((input, h0, c0, *weights))
     if path == _REFERENCE:
         return reference.cell_step(cell, input, h0, c0, *weights)
     if path == _RECORDED:
         return autograd.Cell.apply(cell, input, h0, c0, *weights)
+    if path == _TRANSFORMED:
+        return transforms.cell_step(cell, input, h0, c0, weights)
     h, c, _ = ops.cell_forward(cell, input, h0, c0, *weights, False)
     return h, c if ops.CELLS[cell].cell_state else None
+
+
+def _traced_layer(
+    cell: str,
+    build: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Under a transform the dispatcher is past the point where it could take a Function.
+    transformed = torch._C._are_functorch_transforms_active()
+    compute = reference.layer if transformed else _computed_layer
+    output, hn, cn = compute(cell, input, batch_sizes, h0, c0, *weights)
+    return output, hn, input.new_empty(0) if cn is None else cn
+
+
+def _traced_step(
+    cell: str, build: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    compute = reference.cell_step if torch._C._are_functorch_transforms_active() else _computed_step
+    h, c = compute(cell, input, h0, c0, *weights)
+    return h, input.new_empty(0) if c is None else c
+
+
+ops.define_traced("layer", _traced_layer)
+ops.define_traced("cell_step", _traced_step)
 
 
 def split_weights(

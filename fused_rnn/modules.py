@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, packed
+from . import functional, packed, scripting
 from .functional import States
 
 _PROJ_ONLY_LSTM = "proj_size argument is only supported for LSTM, not RNN or GRU"
@@ -20,6 +20,8 @@ _PROJ_ONLY_LSTM = "proj_size argument is only supported for LSTM, not RNN or GRU
 
 class _Recurrent(nn.RNNBase):
     """What the three layers share: from any form of input to the stack and back."""
+
+    __prepare_scriptable__ = scripting.refuse
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take weights as they lie. Kept for code that calls it."""
@@ -48,6 +50,15 @@ class _Recurrent(nn.RNNBase):
         if batch_sizes is None and input.size(1 if self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
+    def _check_packed_in_graph(self, input: PackedSequence, states: States) -> None:
+        """As _check; but batch_sizes[0] is data, on which no branch of a graph may depend. The operator compares it
+        with hx when the graph runs, unless the sequences' order has chosen rows of hx before: so that counts here."""
+        self.check_input(input.data, input.batch_sizes)
+        batch = states[0].size(1) if input.sorted_indices is None else input.sorted_indices.size(0)
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        for state, size in zip(states, (self.proj_size or self.hidden_size, self.hidden_size), strict=False):
+            self.check_hidden_size(state, (layers, batch, size))
+
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Runs the layers over a batch of sequences.
 
@@ -62,7 +73,8 @@ class _Recurrent(nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as ``torch.nn`` does, for wrong ranks, sizes and dtypes.
         """
-        self._update_flat_weights()
+        if not torch.compiler.is_compiling():
+            self._update_flat_weights()  # in a graph that would be a side effect; _weights does without
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -84,14 +96,23 @@ class _Recurrent(nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         states = None if hx is None else self._states(hx, batched=True)
-        self._check(input.data, states, input.batch_sizes)
+        if states is not None and torch.compiler.is_compiling():
+            self._check_packed_in_graph(input, states)
+        else:
+            self._check(input.data, states, input.batch_sizes)
         states = packed.reorder(states, input.sorted_indices)
         rows, states = self._run(input.data, input.batch_sizes, states)
         return packed.repack(rows, input), self._hidden(packed.reorder(states, input.unsorted_indices))
 
+    def _weights(self) -> list[Tensor]:
+        """All weights, in the order of torch's flat list."""
+        if torch.compiler.is_compiling():
+            return [getattr(self, name) for name in self._flat_weights_names]
+        return self._flat_weights
+
     def _run(self, input: Tensor, batch_sizes: Tensor | None, states: States | None) -> tuple[Tensor, States]:
         layers = functional.split_weights(
-            self._flat_weights,
+            self._weights(),
             self.num_layers,
             2 if self.bidirectional else 1,
             self.bias,

@@ -1,4 +1,4 @@
-"""Typed calls of the registered operators, and what they return for tensors without data.
+"""Typed calls of the registered operators, what they return for tensors without data, and their FLOPs.
 
 The only file that spells ``torch.ops``. The raw operators know no autograd: call them on tensors that require grad
 and the gradient is silently lost, so everything but :mod:`fused_rnn.autograd` and the inference path of
@@ -7,11 +7,15 @@ and the gradient is silently lost, so everything but :mod:`fused_rnn.autograd` a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ._extension import load
+from ._version import __version__
 
 _C = load()  # the shared object registers the operators
 
@@ -23,6 +27,31 @@ layer_forward = _ops.layer_forward.default
 layer_backward = _ops.layer_backward.default
 cell_forward = _ops.cell_forward.default
 cell_backward = _ops.cell_backward.default
+
+# What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs
+# or is lowered. So Dynamo need not read our autograd Functions (it refuses a tensor passed in two places), and an
+# exported program trains, moves to another device and is open to transforms. Lowered (by AOTAutograd,
+# run_decompositions, AOTInductor), it is the operators above, which C++ knows too. `build` does nothing but stand
+# there: what torch makes of a graph it keeps on disk, under the graph's own text, and another build lowers otherwise.
+_traced = torch.library.Library("fused_rnn", "FRAGMENT")
+_traced.define(
+    "layer(str cell, str build, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
+    "Tensor? w_hr_reverse) -> (Tensor output, Tensor hn, Tensor cn)"
+)
+_traced.define(
+    "cell_step(str cell, str build, Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
+    "Tensor? b_ih, Tensor? b_hh) -> (Tensor h, Tensor c)"
+)
+layer = _ops.layer.default
+cell_step = _ops.cell_step.default
+BUILD = f"{__version__}{'+cuda' if CUDA_KERNELS else ''}"
+
+
+def define_traced(name: str, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Says what `layer` or `cell_step` does; :mod:`fused_rnn.functional` knows, and calls this once."""
+    _traced.impl(name, function, "CompositeImplicitAutograd")
 
 
 class CellTraits(NamedTuple):
@@ -44,7 +73,15 @@ CELLS = {
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
-def _saved_dtype(input: torch.Tensor) -> torch.dtype:
+def bits(wanted: Sequence[bool]) -> int:
+    """What the backward operators take as `needs`."""
+    result = 0
+    for k, want in enumerate(wanted):
+        result |= want << k
+    return result
+
+
+def _saved_dtype(input: Tensor) -> torch.dtype:
     """The CPU computes and saves 16-bit types in float32; on the GPU, where memory is dear, they are saved as such."""
     return torch.float32 if input.element_size() == 2 and input.device.type != "cuda" else input.dtype
 
@@ -74,15 +111,10 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
       w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs):  # fmt: skip
     directions = 1 if w_ih_reverse is None else 2
     hidden = w_hh.size(0) // CELLS[cell].gates
-    if batch_sizes is None:
-        batch = output.size(1)
-    else:
-        states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
-        batch = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
     sizes = [
         (*output.shape[:-1], w_ih.size(1)),
-        (directions, batch, w_hh.size(1)),
-        (directions, batch, hidden),
+        None if h0 is None else (directions, h0.size(1), w_hh.size(1)),
+        None if c0 is None else (directions, c0.size(1), hidden),
     ]
     weights = [
         w_ih,
@@ -117,3 +149,63 @@ def _(cell, grad_h, grad_c, input, h0, c0, w_ih, w_hh, b_ih, b_hh, h, saved, nee
     sizes = [(h.size(0), w_ih.size(1)), h.shape, h.shape]
     sizes += [None if w is None else w.shape for w in (w_ih, w_hh, b_ih, b_hh)]
     return tuple(h.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
+
+
+# FLOPs, for torch.utils.flop_counter: of the matrix products, as torch counts those of every operator.
+
+
+def _products_forward(rows: int, weights: Sequence[Tensor | None]) -> int:
+    """Of all rows with w_ih, w_hh and, if there is one, w_hr."""
+    return sum(2 * rows * weight.numel() for weight in weights if weight is not None)
+
+
+def _products_backward(
+    rows: int, first_rows: int, w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, needs: int, of_weights: int
+) -> int:
+    """Of one direction; ``of_weights`` are the bits of ``needs`` from this direction's w_ih on."""
+
+    def wanted(bits: int, k: int) -> bool:
+        return bool(bits >> k & 1)
+
+    flops = 2 * rows * w_ih.numel() * (wanted(needs, 0) + wanted(of_weights, 0))
+    flops += 2 * rows * w_hh.numel() * wanted(of_weights, 1)
+    flops += (
+        2 * (rows if wanted(needs, 1) else rows - first_rows) * w_hh.numel()
+    )  # from a step to the one before
+    if w_hr is not None:
+        flops += 2 * rows * w_hr.numel() * (1 + wanted(of_weights, 4))
+    return flops
+
+
+@register_flop_formula(_ops.layer_forward, get_raw=True)
+def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse,
+      b_hh_reverse, w_hr_reverse, save, out_val=None) -> int:  # fmt: skip
+    rows = input.shape[:-1].numel()
+    return _products_forward(rows, (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse))
+
+
+@register_flop_formula(_ops.layer_backward, get_raw=True)
+def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, out_val=None) -> int:  # fmt: skip
+    rows = output.shape[:-1].numel()
+    states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
+    first_rows = 0  # of a packed input without states: batch_sizes[0] is data, which the tensors of a graph do not have
+    if batch_sizes is None:
+        first_rows = output.size(1)
+    elif states:
+        first_rows = states[0].size(1)
+    flops = _products_backward(rows, first_rows, w_ih, w_hh, w_hr, needs, needs >> 3)
+    if w_ih_reverse is not None:
+        reverse = (w_ih_reverse, w_hh_reverse, w_hr_reverse)
+        flops += _products_backward(rows, first_rows, *reverse, needs, needs >> 8)
+    return flops
+
+
+@register_flop_formula(_ops.cell_forward, get_raw=True)
+def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save, out_val=None) -> int:
+    return _products_forward(input.size(0), (w_ih, w_hh))
+
+
+@register_flop_formula(_ops.cell_backward, get_raw=True)
+def _(cell, grad_h, grad_c, input, h0, c0, w_ih, w_hh, b_ih, b_hh, h, saved, needs, out_val=None) -> int:
+    return _products_backward(h.size(0), h.size(0), w_ih, w_hh, None, needs, needs >> 3)

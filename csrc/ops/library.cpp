@@ -9,7 +9,8 @@
 //   saved        [D, N, kSaved*H], what the backward pass reads; empty unless `save`
 //
 // `needs` has bit k set where gradient k of the results is wanted; the others come back undefined (None).
-// These operators know no autograd: fused_rnn/ops.py and autograd.py are the way to call them.
+// These operators know no autograd: fused_rnn/ops.py and autograd.py are the way to call them. `layer` and `cell_step`,
+// which torch.compile and torch.export see, are defined in fused_rnn/ops.py.
 #include <torch/library.h>
 
 #include "scan.h"
