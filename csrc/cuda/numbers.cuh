@@ -49,4 +49,10 @@ __device__ __forceinline__ void store(T* to, const Accumulate<T> (&from)[N]) {
   *reinterpret_cast<Packed<T, N>*>(to) = packed;
 }
 
+// Whether N numbers from here on are one aligned vector, and so are those of every row. Null is aligned. For the host.
+template <int N, class T>
+bool aligned(const T* first, int64_t stride = 0) {
+  return reinterpret_cast<uintptr_t>(first) % (N * sizeof(T)) == 0 && stride % N == 0;
+}
+
 }  // namespace frnn

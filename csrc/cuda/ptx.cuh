@@ -9,7 +9,7 @@
 #include <string.h>
 
 #ifdef FRNN_EMULATION
-#include "emulation/ptx_hooks.h"
+#include <emulation/ptx_hooks.h>
 #endif
 
 // The architecture that is compiled for, 900 for sm_90, for `#if`; 0 where host code is compiled.

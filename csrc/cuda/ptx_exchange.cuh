@@ -113,7 +113,13 @@ __device__ __forceinline__ void store_cluster(SharedAddress address, T value) {
 // A phase is over when `arrivals` arrivals have come and every expected byte; phases have parities 0, 1, 0, 1, ... Any
 // block of the cluster may arrive, only the mbarrier's own may wait.
 
-enum class Reach { block, cluster };
+// What a thread sees once it has waited.
+enum class Reach {
+  block,  // what threads of its block did before they arrived; and others of the cluster have read what they had to
+  stores,  // also what store_async brought. The instruction is that of `block`: PTX promises this for `cluster` only, but
+           // every library that waits for data in its own shared memory waits so
+  cluster,  // also what other blocks did before mbarrier_arrive_cluster. Empties the L1 cache: on sm_90 a CCTL.IVALL
+};
 
 // Others may use it after a barrier that follows: of the cluster, if they are in another block. mbarrier.init.
 __device__ __forceinline__ void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
@@ -154,10 +160,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* mbarrier, unsig
 #endif
 }
 
-// Arrives at any block's of the cluster; for those that wait with Reach::cluster. mbarrier.arrive.release.cluster.
+// Arrives at any block's of the cluster: what the thread did before is seen by who waits with Reach::cluster. A fence of
+// the whole GPU precedes it: on sm_90 a MEMBAR.ALL.GPU. mbarrier.arrive.release.cluster.
 __device__ __forceinline__ void mbarrier_arrive_cluster(SharedAddress mbarrier) {
 #if defined(FRNN_EMULATION)
-  frnn_emulation::mbarrier_arrive_cluster(mbarrier);
+  frnn_emulation::mbarrier_arrive_cluster(mbarrier, frnn_emulation::Publish::all);
 #elif FRNN_ARCH >= 900
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
 #else
@@ -165,12 +172,24 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(SharedAddress mbarrier) 
 #endif
 }
 
-// Whether the last phase of this parity is over. It may take its time to say no. Reach::cluster: needed to see what
-// other blocks of the cluster did, store_async included. mbarrier.try_wait.parity.acquire.
+// The same without the fence, to say that a buffer in shared memory has been read and may be overwritten: whoever waits
+// knows that this thread's reads are done, and nothing of its writes. PTX promises that within a block only; pipelines
+// across blocks are built on it all the same, since shared memory is read in order. mbarrier.arrive.
+__device__ __forceinline__ void mbarrier_arrive_after_reads(SharedAddress mbarrier) {
+#if defined(FRNN_EMULATION)
+  frnn_emulation::mbarrier_arrive_cluster(mbarrier, frnn_emulation::Publish::reads);
+#elif FRNN_ARCH >= 900
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+#else
+  __trap();
+#endif
+}
+
+// Whether the last phase of this parity is over. It may take its time to say no. mbarrier.try_wait.parity.acquire.
 template <Reach kReach>
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity) {
 #if defined(FRNN_EMULATION)
-  return frnn_emulation::mbarrier_try_wait(mbarrier, parity, kReach == Reach::cluster);
+  return frnn_emulation::mbarrier_try_wait(mbarrier, parity, static_cast<frnn_emulation::Wait>(kReach));
 #elif FRNN_ARCH >= 900
   uint32_t over;
   if constexpr (kReach == Reach::cluster) {
@@ -197,7 +216,7 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* mbarrier, unsigned p
 template <Reach kReach>
 __device__ __forceinline__ void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
 #ifdef FRNN_EMULATION
-  frnn_emulation::mbarrier_wait(mbarrier, parity, kReach == Reach::cluster);
+  frnn_emulation::mbarrier_wait(mbarrier, parity, static_cast<frnn_emulation::Wait>(kReach));
 #else
   while (!mbarrier_try_wait<kReach>(mbarrier, parity)) {
   }

@@ -6,11 +6,6 @@
 
 namespace frnn {
 
-// Whether N numbers from here on are one aligned vector, and so are those of every row. Null is aligned.
-template <int N, class T>
-bool aligned(const T* first, int64_t stride = 0) {
-  return reinterpret_cast<uintptr_t>(first) % (N * sizeof(T)) == 0 && stride % N == 0;
-}
 template <int N, class T>
 bool aligned(const Previous<T>& p) {
   return aligned<N>(p.rows, p.stride) && aligned<N>(p.initial);

@@ -44,7 +44,7 @@ RUNTIME_FLAGS = [*COMMON, "-O2", "-g1", "-DFRNN_EMULATION=1", *INCLUDE]
 
 def compiler() -> str | None:
     """The C++ compiler, or None where there is none. It must be gcc: the flags are gcc's."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    return shutil.which("g++") or shutil.which("c++")
 
 
 @lru_cache(maxsize=1)
@@ -53,11 +53,8 @@ def _compiler_version() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _headers() -> Iterable[Path]:
-    for folder in (HERE, CSRC):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh", ".inc") or path.parent.name == "include":
-                yield path
+def _headers(*folders: Path) -> list[Path]:
+    return [p for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in (".h", ".cuh", ".inc")]
 
 
 def _digest(paths: Iterable[Path], words: Iterable[str]) -> str:
@@ -96,13 +93,13 @@ def library(
 ) -> Path:
     """A shared library of kernels (`device`, with `device_flags` besides the emulation's), plain C++ (`host`, with
     flags of its own alone) and the emulation's runtime. `link` goes to the linker's end."""
-    headers = list(_headers())
+    ours, all_headers = _headers(HERE), _headers(HERE, CSRC)
     (OUT / "objects").mkdir(parents=True, exist_ok=True)
-    jobs = [(source, [*DEVICE_FLAGS[:-2], *device_flags, *DEVICE_FLAGS[-2:]]) for source in device]
-    jobs += [(source, list(host_flags)) for source in host]
-    jobs += [(source, RUNTIME_FLAGS) for source in RUNTIME]
+    jobs = [(p, [*DEVICE_FLAGS[:-2], *device_flags, *DEVICE_FLAGS[-2:]], all_headers) for p in device]
+    jobs += [(p, list(host_flags), all_headers) for p in host]
+    jobs += [(p, RUNTIME_FLAGS, ours) for p in RUNTIME]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     key = hashlib.sha256("\0".join([_compiler_version(), *map(str, objects), *link]).encode()).hexdigest()[
         :24
     ]

@@ -154,7 +154,7 @@ __global__ void mistaken(int mistake, float* data, int n, float* elsewhere) {
       break;
     case kSpinsForEver:
       if (i == 0) {
-        while (frnn::shared_memory<volatile int>()[0] == -1) {
+        while (*const_cast<const volatile float*>(data) == 0.0f) {
         }
       }
       break;

@@ -3,6 +3,9 @@
 // check the address, check for races, and let other threads overtake; outside they do nothing.
 #include <link.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "races.h"
 #include "state.h"
 
@@ -116,23 +119,17 @@ inline void access(const void* address, uint64_t bytes, bool write, bool strong,
 inline void seen_by_compiler(const void* address, uint64_t bytes, bool write, bool strong, const void* pc) {
   if (!in_kernel) return;
   if (inside(address, bytes, launch_state.current->stack, kStackBytes)) return;
-  if (--launch_state.accesses_to_yield <= 0) {
-    launch_state.accesses_to_yield = draw_accesses_to_yield();
-    if (strong && !write) {
-      poll();
-    } else {
-      yield();
-    }
-  } else if (strong && !write) {
-    poll();
-  }
+  const bool polls = strong && !write;
+  polls ? poll() : yield_sometimes();
   if (write) progress();
-  while (bytes > 16) {
-    access(address, 16, write, strong, pc);
-    address = static_cast<const char*>(address) + 16;
-    bytes -= 16;
+  for (uint64_t done = 0; done < bytes; done += 16) {
+    access(static_cast<const char*>(address) + done, std::min<uint64_t>(bytes - done, 16), write, strong, pc);
   }
-  if (bytes) access(address, bytes, write, strong, pc);
+  if (polls) {
+    uint64_t bits = 0;
+    memcpy(&bits, address, std::min<uint64_t>(bytes, 8));
+    saw(address, bits);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // mbarriers, and what arrives later: st.async, which counts its bytes at one, and cp.async, for which a thread waits.
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <unordered_map>
 
 #include "../include/emulation/ptx_hooks.h"
@@ -18,7 +19,8 @@ struct Mbarrier {
   int64_t bytes;
   uint32_t phase = 0;
   // What the arrivals of this phase make known, from the mbarrier's block and from others; what all completed phases did.
-  Clock near, far, near_done, far_done;
+  // Apart from both, the asynchronous stores.
+  Knowledge near, far, near_done, far_done, stores_done;
   std::vector<Fiber*> waiting;
 };
 std::unordered_map<const void*, Mbarrier> mbarriers;
@@ -28,7 +30,7 @@ struct Store {
   unsigned bytes;
   char value[16];
   Mbarrier* mbarrier;
-  Clock known;  // to the thread that issued it, then
+  Knowledge known;  // to the thread that issued it, then
   uint32_t thread;
   const void* pc;
 };
@@ -38,7 +40,26 @@ struct Copy {
   void* shared;
   const void* global;
   const void* pc;
+  uint32_t time;  // of the thread's copies
 };
+// Of a thread: the copies under way by group, the last of which is open.
+struct Copies {
+  uint32_t agent, time;
+  std::deque<std::vector<Copy>> groups{1};
+};
+std::unordered_map<const Fiber*, Copies> copies;
+
+// The next number that is no thread's.
+uint32_t agents = 0;
+uint32_t new_agent() { return kMostBlocks * kThreadsOfBlock + agents++; }
+
+Epoch agent_epoch(uint32_t agent, uint32_t time) {
+  launch_state.last_time = std::max(launch_state.last_time, time);
+  return (launch_state.base + time) << kTimeShift | static_cast<Epoch>(agent) << kThreadShift;
+}
+
+// Times of what is not a thread start where those of this batch's threads do.
+uint32_t first_time() { return static_cast<uint32_t>(launch_state.batch_base - launch_state.base); }
 
 Mbarrier& find(const void* address, const void* pc) {
   const auto found = mbarriers.find(address);
@@ -61,21 +82,23 @@ void complete_if_over(Mbarrier& mbarrier) {
   mbarrier.pending = mbarrier.expected;
   mbarrier.near_done.join(mbarrier.near);
   mbarrier.far_done.join(mbarrier.far);
-  mbarrier.near = mbarrier.far = Clock();
-  if (mbarrier.agent_time) mbarrier.far_done.set(mbarrier.agent, mbarrier.agent_time);
+  mbarrier.near = mbarrier.far = Knowledge();
+  mbarrier.stores_done.set(mbarrier.agent, mbarrier.agent_time);
   for (Fiber* fiber : mbarrier.waiting) wake(fiber);
   mbarrier.waiting.clear();
 }
 
-void arrive(Mbarrier& mbarrier, bool cluster, unsigned expect_bytes, const void* pc) {
+void arrive(Mbarrier& mbarrier, Publish what, unsigned expect_bytes, const void* pc) {
   Fiber* fiber = launch_state.current;
   if (mbarrier.pending == 0) {
     fail(cudaErrorLaunchFailure, "more arrivals at an mbarrier than its phase expects", pc);
   }
   if (fiber->block == mbarrier.block) {
     mbarrier.near.join(knowledge(fiber));
-  } else if (cluster) {
+  } else if (what == Publish::all) {
     mbarrier.far.join(knowledge(fiber));
+  } else {
+    mbarrier.far.join_reads(knowledge(fiber));
   }
   publish(fiber);
   mbarrier.bytes += expect_bytes;
@@ -86,10 +109,15 @@ void arrive(Mbarrier& mbarrier, bool cluster, unsigned expect_bytes, const void*
 
 bool is_over(const Mbarrier& mbarrier, unsigned parity) { return (mbarrier.phase & 1) != (parity & 1); }
 
-void take_in(const Mbarrier& mbarrier, bool cluster) {
+void take_in(const Mbarrier& mbarrier, Wait reach) {
   Fiber* fiber = launch_state.current;
   fiber->known.join(mbarrier.near_done);
-  if (cluster) fiber->known.join(mbarrier.far_done);
+  if (reach != Wait::block) fiber->known.join(mbarrier.stores_done);
+  if (reach == Wait::cluster) {
+    fiber->known.join(mbarrier.far_done);
+  } else {
+    fiber->known.join_reads(mbarrier.far_done);  // that it has happened needs no memory order
+  }
 }
 
 Mbarrier& find_own(const void* address, const void* pc) {
@@ -100,13 +128,14 @@ Mbarrier& find_own(const void* address, const void* pc) {
   return mbarrier;
 }
 
-void perform(const Copy& copy) {
-  check_access(copy.global, 16, false, false, copy.pc);
-  check_access(copy.shared, 16, true, false, copy.pc);
-  memcpy(copy.shared, copy.global, 16);
+Copies& copies_of(const Fiber* fiber) {
+  const auto [found, made] = copies.try_emplace(fiber);
+  if (made) {
+    found->second.agent = new_agent();
+    found->second.time = first_time();
+  }
+  return found->second;
 }
-
-std::unordered_map<Fiber*, std::vector<std::vector<Copy>>> copies;  // of a thread, by group; the last is open
 
 }  // namespace
 
@@ -114,6 +143,7 @@ void forget_async() {
   mbarriers.clear();
   in_flight.clear();
   copies.clear();
+  agents = 0;
 }
 
 void mbarrier_init(uint64_t* address, unsigned arrivals) {
@@ -126,8 +156,8 @@ void mbarrier_init(uint64_t* address, unsigned arrivals) {
   if (mbarriers.count(address)) trap("an mbarrier is initialised a second time");
   Mbarrier& mbarrier = mbarriers[address];
   mbarrier.block = launch_state.current->block;
-  mbarrier.agent = kMostBlocks * kThreadsOfBlock + static_cast<uint32_t>(mbarriers.size());
-  mbarrier.agent_time = 0;
+  mbarrier.agent = new_agent();
+  mbarrier.agent_time = first_time();
   mbarrier.expected = mbarrier.pending = arrivals;
   mbarrier.bytes = 0;
   const auto content = reinterpret_cast<uint64_t>(address);
@@ -138,37 +168,38 @@ void mbarrier_init(uint64_t* address, unsigned arrivals) {
 void mbarrier_arrive(uint64_t* address, unsigned expect_bytes) {
   const void* pc = __builtin_return_address(0);
   yield();
-  arrive(find_own(address, pc), false, expect_bytes, pc);
+  arrive(find_own(address, pc), Publish::all, expect_bytes, pc);
 }
 
-void mbarrier_arrive_cluster(uint32_t address) {
+void mbarrier_arrive_cluster(uint32_t address, Publish what) {
   const void* pc = __builtin_return_address(0);
   yield();
-  arrive(find(shared_pointer(address), pc), true, 0, pc);
+  arrive(find(shared_pointer(address), pc), what, 0, pc);
 }
 
-bool mbarrier_try_wait(uint64_t* address, unsigned parity, bool cluster) {
+bool mbarrier_try_wait(uint64_t* address, unsigned parity, Wait reach) {
   const void* pc = __builtin_return_address(0);
   poll();
   const Mbarrier& mbarrier = find_own(address, pc);
+  saw(address, mbarrier.phase);
   if (!is_over(mbarrier, parity)) return false;
-  take_in(mbarrier, cluster);
+  take_in(mbarrier, reach);
   return true;
 }
 
-void mbarrier_wait(uint64_t* address, unsigned parity, bool cluster) {
+void mbarrier_wait(uint64_t* address, unsigned parity, Wait reach) {
   const void* pc = __builtin_return_address(0);
   yield();
   Fiber* fiber = launch_state.current;
   for (;;) {
     Mbarrier& mbarrier = find_own(address, pc);
     if (is_over(mbarrier, parity)) {
-      take_in(mbarrier, cluster);
+      take_in(mbarrier, reach);
       return;
     }
     mbarrier.waiting.push_back(fiber);
-    fiber->waits_for = parity & 1 ? "the end of a phase of parity 1 of the mbarrier at shared byte"
-                                  : "the end of a phase of parity 0 of the mbarrier at shared byte";
+    fiber->waits_for = parity & 1 ? "the end of a phase of parity 1 of the mbarrier at shared byte %llu"
+                                  : "the end of a phase of parity 0 of the mbarrier at shared byte %llu";
     fiber->waits_detail = shared_address(address) % kSlotBytes - kSlotStart;
     switch_away();
   }
@@ -204,44 +235,43 @@ void deliver_one() {
     fail(cudaErrorIllegalAddress,
          "st.async of " + name(store.thread) + " arrives at a block that has exited");
   }
-  const uint32_t start = static_cast<uint32_t>(launch_state.batch_base - launch_state.base);
-  mbarrier.agent_time = std::max(mbarrier.agent_time, start) + 1;
-  launch_state.last_time = std::max(launch_state.last_time, mbarrier.agent_time);
-  const Epoch epoch = (launch_state.base + mbarrier.agent_time) << kTimeShift |
-                      static_cast<Epoch>(mbarrier.agent) << kThreadShift;
+  const Epoch epoch = agent_epoch(mbarrier.agent, ++mbarrier.agent_time);
   check_cells(arena_offset(store.target), store.bytes, true,
               Actor{epoch, kNoThread, &store.known, launch_state.batch_base, true, store.pc});
   memcpy(store.target, store.value, store.bytes);
   mbarrier.bytes -= store.bytes;
-  launch_state.polls_in_vain = 0;
+  launch_state.polls_in_vain = launch_state.yields_in_vain = 0;
   complete_if_over(mbarrier);
 }
 
 void copy_async_16(void* shared, const void* global) {
   const void* pc = __builtin_return_address(0);
   yield();
-  // Checked now and when it is waited for, made then: in between the target belongs to the copy.
-  const Copy copy{shared, global, pc};
+  Fiber* fiber = launch_state.current;
   shared_address(shared);
   check_access(global, 16, false, false, pc);
   check_access(shared, 16, true, false, pc);
-  auto& groups = copies[launch_state.current];
-  if (groups.empty()) groups.emplace_back();
-  groups.back().push_back(copy);
+  // Made when it is waited for. Until then the target belongs to the copy, of which nobody knows how far it is.
+  Copies& own = copies_of(fiber);
+  own.groups.back().push_back({shared, global, pc, ++own.time});
+  const Epoch epoch = agent_epoch(own.agent, own.time);
+  check_cells(arena_offset(shared), 16, true,
+              Actor{epoch, fiber->id, &fiber->known, launch_state.batch_base, true, pc});
 }
 
-void copy_commit() {
-  auto& groups = copies[launch_state.current];
-  if (groups.empty()) groups.emplace_back();
-  groups.emplace_back();
-}
+void copy_commit() { copies_of(launch_state.current).groups.emplace_back(); }
 
 void copy_wait(unsigned groups_left) {
   yield();
-  auto& groups = copies[launch_state.current];
-  while (groups.size() > groups_left + 1) {
-    for (const Copy& copy : groups.front()) perform(copy);
-    groups.erase(groups.begin());
+  Fiber* fiber = launch_state.current;
+  Copies& own = copies_of(fiber);
+  for (; own.groups.size() > groups_left + 1; own.groups.pop_front()) {
+    for (const Copy& copy : own.groups.front()) {
+      fiber->known.set(own.agent, copy.time);
+      check_access(copy.global, 16, false, false, copy.pc);
+      check_access(copy.shared, 16, true, false, copy.pc);
+      memcpy(copy.shared, copy.global, 16);
+    }
   }
   progress();
 }

@@ -1,4 +1,4 @@
-// What a thread knows of the others: a vector clock. Thread a has seen everything that thread b did up to b's time t
+// Vector clocks: what a thread knows of the others. Thread a has seen everything that thread b did up to b's time t
 // when a's clock says t, or later, at b. Most threads of a launch know nearly the same, so a clock is a tree (blocks,
 // warps, lanes) whose parts are shared until they change.
 #pragma once
@@ -86,6 +86,34 @@ class Clock {
   static void join(Shared<BlockClock>& into, const Shared<BlockClock>& other);
 
   Shared<Known> known_;
+};
+
+// What a thread knows of the others' accesses; of some, only of their reads, which is enough to overwrite what they read.
+class Knowledge {
+ public:
+  bool knows(uint32_t thread, uint32_t time) const { return all_.at(thread) >= time; }
+  // Of the lanes of a warp those whose accesses, or reads, until `time` are not known.
+  uint32_t behind(uint32_t thread, uint32_t lanes, uint32_t time) const {
+    return all_.behind(thread, lanes, time);
+  }
+  uint32_t behind_reads(uint32_t thread, uint32_t lanes, uint32_t time) const {
+    lanes = all_.behind(thread, lanes, time);
+    return lanes ? reads_.behind(thread, lanes, time) : 0;
+  }
+  void set(uint32_t thread, uint32_t time) { all_.set(thread, time); }
+  void join(const Knowledge& other) {
+    all_.join(other.all_);
+    reads_.join(other.reads_);
+  }
+  void join_reads(const Knowledge& other) {
+    reads_.join(other.all_);
+    reads_.join(other.reads_);
+  }
+  bool same(const Knowledge& other) const { return all_.same(other.all_) && reads_.same(other.reads_); }
+  bool empty() const { return all_.empty() && reads_.empty(); }
+
+ private:
+  Clock all_, reads_;
 };
 
 }  // namespace frnn_emulation

@@ -10,7 +10,7 @@ namespace {
 // Of each cluster that runs, by its number.
 struct ClusterBarrier {
   uint32_t phase = 0, arrived = 0;
-  Clock clock, last_clock;
+  Knowledge clock, last_clock;
   std::vector<Fiber*> waiting;
 };
 std::map<uint32_t, ClusterBarrier> barriers;
@@ -26,7 +26,7 @@ void complete_if_full(uint32_t cluster) {
   if (barrier.arrived == 0 || barrier.arrived < live_threads(cluster)) return;
   ++barrier.phase;
   barrier.arrived = 0;
-  barrier.last_clock = std::exchange(barrier.clock, Clock());
+  barrier.last_clock = std::exchange(barrier.clock, Knowledge());
   for (Fiber* fiber : barrier.waiting) wake(fiber);
   barrier.waiting.clear();
   progress();
@@ -84,7 +84,7 @@ void cluster_wait() {
   ClusterBarrier& barrier = barriers[fiber->block->cluster];
   if (barrier.phase == fiber->cluster_phase) {
     barrier.waiting.push_back(fiber);
-    fiber->waits_for = "the cluster's barrier, phase";
+    fiber->waits_for = "the cluster's barrier, phase %llu";
     fiber->waits_detail = barrier.phase;
     switch_away();
   }

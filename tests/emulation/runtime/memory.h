@@ -9,7 +9,7 @@
 
 namespace frnn_emulation {
 
-constexpr uint64_t kGlobalBytes = uint64_t{8} << 30;
+constexpr uint64_t kGlobalBytes = uint64_t{4} << 30;
 constexpr uint64_t kSlotBytes = 256 << 10;  // a block's shared memory lies in a slot
 constexpr uint64_t kSlots = 2048;
 constexpr uint64_t kSlotStart = 4096;  // offset of the first byte in its slot: what is before is guard

@@ -10,7 +10,7 @@ namespace frnn_emulation {
 namespace {
 
 struct Publication {
-  Clock clock;
+  Knowledge clock;
   Scope scope;  // who may take it in: threads of this block, of this cluster, all
   uint32_t block, cluster;
 };
@@ -99,8 +99,8 @@ uint64_t update(void* address, Atomic operation, uint64_t operand_bits, uint64_t
 
 }  // namespace
 
-Clock knowledge(const Fiber* fiber) {
-  Clock clock = fiber->known;
+Knowledge knowledge(const Fiber* fiber) {
+  Knowledge clock = fiber->known;
   clock.set(fiber->id, fiber->time);
   return clock;
 }
@@ -119,6 +119,9 @@ void strong_load(const void* address, void* value, unsigned bytes, Order order, 
   poll();
   check_access(address, bytes, false, true, pc);
   memcpy(value, address, bytes);
+  uint64_t bits = 0;
+  memcpy(&bits, value, std::min(bytes, 8u));
+  saw(address, bits);
   take_in(*launch_state.current, address, order, scope);
 }
 
@@ -135,7 +138,7 @@ uint64_t atomic(void* address, Atomic operation, Number type, uint64_t operand, 
   const void* pc = __builtin_return_address(0);
   const unsigned bytes = type == Number::u64 || type == Number::f64 ? 8 : 4;
   // A failing compare-and-swap is how a lock is waited for, an update that changes nothing how a flag is read.
-  poll();
+  launch_state.current->polls ? poll() : yield();
   Fiber& fiber = *launch_state.current;
   check_access(address, bytes, false, true, pc);
   check_access(address, bytes, true, true, pc);
@@ -161,7 +164,11 @@ uint64_t atomic(void* address, Atomic operation, Number type, uint64_t operand, 
       break;
   }
   memcpy(&after, address, bytes);
-  if (after != before) progress();
+  if (after != before) {
+    progress();
+  } else {
+    saw(address, before);
+  }
   return old;
 }
 
@@ -169,7 +176,7 @@ void fence(Scope scope) {
   Fiber& fiber = *launch_state.current;
   for (int far = 0; far <= static_cast<int>(scope); ++far) {
     fiber.known.join(fiber.seen[far]);
-    fiber.seen[far] = Clock();
+    fiber.seen[far] = Knowledge();
   }
   fiber.fenced = knowledge(&fiber);
   fiber.fenced_scope = scope;

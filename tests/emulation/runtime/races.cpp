@@ -58,21 +58,23 @@ Readers as_readers(Epoch epoch, uint32_t pc) {
   return {epoch & ~kLaneBits, 1u << (epoch_thread(epoch) % kLanes), pc};
 }
 
-// The lanes that the actor does not know to be past their access.
-uint32_t unordered(const Readers& before, const Actor& actor) {
+// The lanes that the actor does not know to be past their access; if it writes, past their reading.
+uint32_t unordered(const Readers& before, const Actor& actor, bool write) {
   const uint64_t time = epoch_time(before.epoch);
   if (time <= actor.base) return 0;
   const uint32_t thread = epoch_thread(before.epoch);
   uint32_t lanes = before.lanes;
   if (actor.self / kLanes == thread / kLanes) lanes &= ~(1u << actor.self % kLanes);
-  return lanes ? actor.known->behind(thread, lanes, static_cast<uint32_t>(time - launch_state.base)) : 0;
+  if (lanes == 0) return 0;
+  const auto since = static_cast<uint32_t>(time - launch_state.base);
+  return write ? actor.known->behind_reads(thread, lanes, since) : actor.known->behind(thread, lanes, since);
 }
 
 bool ordered(Epoch before, const Actor& actor) {
   const uint64_t time = epoch_time(before);
   if (time <= actor.base) return true;
   const uint32_t thread = epoch_thread(before);
-  return thread == actor.self || actor.known->at(thread) >= time - launch_state.base;
+  return thread == actor.self || actor.known->knows(thread, static_cast<uint32_t>(time - launch_state.base));
 }
 
 // Whether two accesses conflict unless something orders them.
@@ -110,15 +112,21 @@ struct Run {
   uint32_t cells() const { return static_cast<uint32_t>(end - first); }
 };
 
+// Who knows that another has read what an asynchronous store brought knows that it has arrived.
+bool has_arrived(Epoch before, const Actor& actor) {
+  if (epoch_thread(before) < kMostBlocks * kThreadsOfBlock) return false;
+  return unordered(as_readers(before, 0), actor, true) == 0;
+}
+
 void check_write(const Run& run, Epoch now, const Actor& actor) {
   const Cell cell = *run.first;
   if (cell.write == now) return;  // a conflicting read since would have been noticed then
-  if (meets(cell.write, now) && !ordered(cell.write, actor)) {
+  if (meets(cell.write, now) && !ordered(cell.write, actor) && !has_arrived(cell.write, actor)) {
     race(run.first, cell.write, cell.write_pc, "wrote", now, "writes", actor);
   }
   bool all_ordered = true;
   const auto look = [&](const Readers& before) {
-    const uint32_t lanes = unordered(before, actor);
+    const uint32_t lanes = unordered(before, actor, true);
     if (lanes == 0) return;
     all_ordered = false;
     if (!meets(before.epoch, now)) return;
@@ -174,7 +182,7 @@ void join_set(const Run& run, const Readers& now, const Actor& actor) {
     return;
   }
   const auto is_covered = [&](const Readers& before) {
-    return covers(now.epoch, before.epoch) && unordered(before, actor) == 0;
+    return covers(now.epoch, before.epoch) && unordered(before, actor, false) == 0;
   };
   readers->erase(std::remove_if(readers->begin(), readers->end(), is_covered), readers->end());
   hint = readers->size();
@@ -193,6 +201,13 @@ void check_read(const Run& run, Epoch now, const Actor& actor) {
                                      " reads what no thread has written: " + place(run.first));
   }
   const uint32_t pc = short_pc(actor.pc);
+  if (now & kStrong) {
+    // Of those who poll the last is enough: whoever writes plainly what they poll conflicts with their next look too.
+    const bool others_are_plain =
+        is_current_set(cell.read) || !(covers(now, cell.read) || ordered(cell.read, actor));
+    if (!others_are_plain) set_read(run, now, pc);
+    return;
+  }
   if (is_current_set(cell.read)) {
     join_set(run, as_readers(now, pc), actor);
   } else if ((cell.read & kIsSet) || (covers(now, cell.read) && ordered(cell.read, actor))) {

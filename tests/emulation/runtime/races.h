@@ -11,7 +11,7 @@ namespace frnn_emulation {
 struct Actor {
   Epoch epoch;    // without bytes
   uint32_t self;  // what this thread did before is ordered; no thread: an asynchronous copy
-  const Clock* known;
+  const Knowledge* known;
   uint64_t base;  // what happened until this time is ordered
   bool shared_memory;
   const void* pc;

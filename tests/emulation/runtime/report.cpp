@@ -57,7 +57,7 @@ std::string last_error;
 cudaError_t last_error_code = cudaSuccess;
 
 std::string name(uint32_t thread) {
-  if (thread / kThreadsOfBlock >= kMostBlocks) return "an asynchronous store";
+  if (thread / kThreadsOfBlock >= kMostBlocks) return "an asynchronous store or copy";
   return "block " + triple(unravel(thread / kThreadsOfBlock, launch_state.grid)) + " thread " +
          triple(unravel(thread % kThreadsOfBlock, launch_state.block));
 }
@@ -95,9 +95,9 @@ std::string describe_waiting() {
       if (fiber->finished) {
         reason = "have finished";
       } else if (fiber->waits_for) {
-        char detail[40];
-        snprintf(detail, sizeof detail, " %llx", (unsigned long long)fiber->waits_detail);
-        reason = std::string("wait at ") + fiber->waits_for + detail;
+        char what[160];
+        snprintf(what, sizeof what, fiber->waits_for, (unsigned long long)fiber->waits_detail);
+        reason = std::string("wait at ") + what;
       } else {
         reason = "look again and again at memory that nobody writes";
       }

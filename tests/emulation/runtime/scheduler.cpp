@@ -17,6 +17,10 @@ namespace {
 
 uint64_t random_state = 1;
 double yield_probability = 0.02;
+// Of seeing the same again; seeing something new counts as 1, for a thread may look at much before it goes on.
+constexpr uint64_t kPollWeight = 16;
+// Not a power of two, or all stacks would lie in the same few sets of the cache.
+constexpr size_t kStackStride = kStackBytes + 69 * 64;
 constexpr char kStackMark = 0x5a;
 
 // Fibers and blocks are kept for the launches to come.
@@ -49,12 +53,12 @@ void run_threads() {
 
 Fiber* new_fiber() {
   constexpr size_t kAtOnce = 64;
-  char* stacks = static_cast<char*>(mmap(nullptr, kAtOnce * kStackBytes, PROT_READ | PROT_WRITE,
+  char* stacks = static_cast<char*>(mmap(nullptr, kAtOnce * kStackStride, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (stacks == MAP_FAILED) abort();
   for (size_t i = 0; i < kAtOnce; ++i) {
     fibers.push_back(new Fiber);
-    fibers.back()->stack = stacks + i * kStackBytes;
+    fibers.back()->stack = stacks + i * kStackStride;
     fibers.back()->stack[0] = kStackMark;
   }
   return fibers[fibers.size() - kAtOnce];
@@ -78,8 +82,9 @@ void prepare(Fiber& fiber, Block& block, uint32_t thread) {
   fiber.finished = false;
   fiber.waits_for = nullptr;
   fiber.polls = fiber.cluster_arrived = false;
-  fiber.known = fiber.fenced = Clock();
-  for (Clock& clock : fiber.seen) clock = Clock();
+  fiber.last_seen = 0;
+  fiber.known = fiber.fenced = Knowledge();
+  for (Knowledge& clock : fiber.seen) clock = Knowledge();
   fiber.time = static_cast<uint32_t>(launch_state.batch_base - launch_state.base);
   publish(&fiber);
 }
@@ -116,6 +121,11 @@ Fiber* draw(std::vector<Fiber*>& from) {
   return fiber;
 }
 
+int64_t draw_accesses_to_yield() {
+  if (yield_probability <= 0) return INT64_MAX;
+  return 1 + static_cast<int64_t>(random_below(static_cast<uint64_t>(2 / yield_probability)));
+}
+
 [[noreturn]] void deadlock() { fail(cudaErrorLaunchTimeout, "deadlock:" + describe_waiting()); }
 
 // Null when all have finished.
@@ -129,12 +139,13 @@ Fiber* next() {
     }
     if (!quiet && (launch.polling.empty() || random_below(8) != 0)) return draw(launch.ready);
     if (!launch.polling.empty()) {
-      if (quiet && ++launch.polls_in_vain > 1000 + 100 * launch.polling.size()) {
-        if (!store_in_flight()) deadlock();
-        deliver_one();
-        continue;
+      if (!quiet ||
+          launch.polls_in_vain < kPollWeight * (10'000 + 100 * launch.threads * launch.blocks.size())) {
+        return draw(launch.polling);
       }
-      return draw(launch.polling);
+      if (!store_in_flight()) deadlock();
+      deliver_one();
+      continue;
     }
     if (store_in_flight()) {
       deliver_one();
@@ -162,11 +173,6 @@ uint64_t random_below(uint64_t limit) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * limit >> 64);
 }
 
-int64_t draw_accesses_to_yield() {
-  if (yield_probability <= 0) return INT64_MAX;
-  return 1 + static_cast<int64_t>(random_below(static_cast<uint64_t>(2 / yield_probability)));
-}
-
 void switch_away() {
   Fiber* self = launch_state.current;
   Fiber* following = next();
@@ -178,21 +184,40 @@ void switch_away() {
 
 void yield() {
   Fiber* self = launch_state.current;
-  self->polls = false;
   launch_state.ready.push_back(self);
   // Nothing of note may happen for long in a long sum; for ever, only in a loop without end.
-  if (++launch_state.polls_in_vain > 20'000'000) deadlock();
+  if (++launch_state.yields_in_vain > 20'000'000) deadlock();
   switch_away();
 }
 
 void poll() {
   Fiber* self = launch_state.current;
-  (self->polls ? launch_state.polling : launch_state.ready).push_back(self);
-  self->polls = true;
-  switch_away();
+  if (self->polls) {
+    launch_state.polling.push_back(self);
+    switch_away();
+  } else {
+    yield_sometimes();
+  }
 }
 
-void pause() { poll(); }
+void yield_sometimes() {
+  if (--launch_state.accesses_to_yield > 0) return;
+  launch_state.accesses_to_yield = draw_accesses_to_yield();
+  yield();
+}
+
+void saw(const void* where, uint64_t what) {
+  Fiber* self = launch_state.current;
+  const uint64_t seen = (reinterpret_cast<uint64_t>(where) ^ what * 0x9e3779b97f4a7c15u) + 1;
+  self->polls = seen == self->last_seen;
+  self->last_seen = seen;
+  launch_state.polls_in_vain += self->polls ? kPollWeight : 1;
+}
+
+void pause() {
+  poll();
+  saw(nullptr, 0);
+}
 
 unsigned thread_lane() { return launch_state.current->lane; }
 unsigned char* dynamic_shared_memory() {
@@ -205,7 +230,7 @@ void wake(Fiber* fiber) {
 }
 
 void progress() {
-  launch_state.polls_in_vain = 0;
+  launch_state.polls_in_vain = launch_state.yields_in_vain = 0;
   launch_state.current->polls = false;
 }
 
@@ -217,7 +242,7 @@ void run_batch(const std::vector<uint32_t>& numbers) {
   launch.blocks.clear();
   launch.ready.clear();
   launch.polling.clear();
-  launch.polls_in_vain = 0;
+  launch.polls_in_vain = launch.yields_in_vain = 0;
   forget_async();
   forget_cluster_barriers();
   size_t used = 0;

@@ -26,7 +26,6 @@ struct Warp;
 // A thread. Its fiber outlives it and runs others later.
 struct Fiber {
   jmp_buf context;
-  ucontext_t entry;
   bool started = false;
   char* stack = nullptr;
 
@@ -36,20 +35,23 @@ struct Fiber {
   uint32_t thread, lane;
   uint3 index;
   bool finished;
-  const char* waits_for;  // null: it may run
+  const char* waits_for;  // null: it may run; else a format that says what with the detail
   uint64_t waits_detail;
-  bool polls;  // looked at what others write, and has written nothing since
+  bool polls;  // saw the same again when it last looked at what others write
 
   uint32_t time;  // its own part of its clock: the rest is in known
-  Clock known;
+  Knowledge known;
   Epoch epoch;          // of a plain access that it makes now
-  Clock fenced;         // what it knew at its last fence: a relaxed store publishes this
+  Knowledge fenced;     // what it knew at its last fence: a relaxed store publishes this
   Scope fenced_scope;   // how far
-  Clock seen[3];        // what relaxed loads saw published from how far: the next fence takes it in
+  Knowledge seen[3];    // what relaxed loads saw published from how far: the next fence takes it in
   uint64_t given, got;  // in a meeting of the warp
   uint32_t source;
+  uint64_t last_seen;  // of its last poll, as a hash
   bool cluster_arrived;
   uint32_t cluster_phase;  // in which it arrived
+
+  ucontext_t entry;
 };
 
 // Lanes of a warp on their way to the same operation.
@@ -70,7 +72,7 @@ struct Barrier {
   uint32_t arrived = 0;  // with those that do not wait
   uint32_t count = 0;    // as the first to come said
   uint32_t predicates = 0;
-  Clock clock, last_joined;
+  Knowledge clock, last_joined;
 };
 
 struct Block {
@@ -103,7 +105,8 @@ struct Launch {
 
   std::vector<Block*> blocks;  // that run now
   std::vector<Fiber*> ready, polling;
-  uint64_t polls_in_vain;
+  // Since anything happened that a thread could wait for.
+  uint64_t polls_in_vain, yields_in_vain;
   uint64_t base;        // accesses before this time were made before the launch
   uint64_t batch_base;  // ... before the blocks that run now
   uint32_t last_time;   // the largest in any clock, counted from base
@@ -121,13 +124,14 @@ extern thread_local bool in_kernel __attribute__((tls_model("initial-exec")));
 
 // scheduler.cpp
 uint64_t random_below(uint64_t limit);
-void yield();        // the current thread may be overtaken here
-void poll();         // the same, of one that waits for others in a loop
-void switch_away();  // to another, for whoever has said when it may go on
+void yield();            // the current thread may be overtaken here
+void yield_sometimes();  // at random
+void poll();             // the same, of one that waits for others in a loop
+void switch_away();      // to another, for whoever has said when it may go on
 void wake(Fiber* fiber);
-void progress();  // something happened that another may be polling for
+void saw(const void* where, uint64_t what);  // after poll(): what it found
+void progress();                             // something happened that another may be polling for
 void run_batch(const std::vector<uint32_t>& blocks);
-int64_t draw_accesses_to_yield();
 
 extern uint64_t schedule_hash;
 
@@ -161,8 +165,8 @@ void distribute_matrices(Fiber* const* lanes);
 void thread_finished(Fiber* fiber);
 
 // order.cpp: strong accesses, and what they make known
-void publish(Fiber* fiber);           // its time goes on, after what it did became known to others
-Clock knowledge(const Fiber* fiber);  // with what it did itself
+void publish(Fiber* fiber);               // its time goes on, after what it did became known to others
+Knowledge knowledge(const Fiber* fiber);  // with what it did itself
 void forget_publications();
 
 // access.cpp

@@ -12,6 +12,7 @@ void arrive(Barrier& barrier, const Fiber& fiber) {
     barrier.last_joined = fiber.known;
   }
   ++barrier.arrived;
+  progress();
 }
 
 void complete_if_full(Block& block, Barrier& barrier) {
@@ -25,7 +26,7 @@ void complete_if_full(Block& block, Barrier& barrier) {
     wake(fiber);
   }
   barrier.waiting.clear();
-  barrier.clock = barrier.last_joined = Clock();
+  barrier.clock = barrier.last_joined = Knowledge();
   barrier.arrived = barrier.count = barrier.predicates = 0;
   progress();
 }
@@ -42,8 +43,8 @@ Barrier& barrier_of(Fiber& fiber, unsigned id, unsigned count) {
   return barrier;
 }
 
-Clock meeting_clock(const Warp& warp, uint32_t mask) {
-  Clock clock;
+Knowledge meeting_clock(const Warp& warp, uint32_t mask) {
+  Knowledge clock;
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
     if (mask >> lane & 1) clock.join(warp.block->fibers[warp.first + lane]->known);
   }
@@ -56,7 +57,7 @@ Clock meeting_clock(const Warp& warp, uint32_t mask) {
 
 void hold(const Warp& warp, const Meeting& meeting) {
   const auto fiber_of = [&](uint32_t lane) { return warp.block->fibers[warp.first + lane]; };
-  Clock clock;
+  Knowledge clock;
   if (meeting.operation == WarpOperation::synchronize) clock = meeting_clock(warp, meeting.arrived);
   if (meeting.operation == WarpOperation::multiply || meeting.operation == WarpOperation::load_matrices) {
     if (meeting.arrived != ~0u) trap("a matrix instruction needs all 32 lanes of the warp");
@@ -107,8 +108,8 @@ void hold_if_full(Warp& warp) {
   }
 }
 
-const char* kMeetingNames[] = {"__syncwarp with mask", "a shuffle with mask", "a vote with mask",
-                               "mma with all lanes", "ldmatrix with all lanes"};
+const char* kMeetingNames[] = {"__syncwarp with mask %llx", "a shuffle with mask %llx",
+                               "a vote with mask %llx", "mma with mask %llx", "ldmatrix with mask %llx"};
 
 }  // namespace
 
@@ -119,7 +120,7 @@ unsigned block_barrier(unsigned id, unsigned count, bool predicate) {
   arrive(barrier, *fiber);
   barrier.predicates += predicate;
   barrier.waiting.push_back(fiber);
-  fiber->waits_for = "barrier";
+  fiber->waits_for = "barrier %llu";
   fiber->waits_detail = id;
   complete_if_full(*fiber->block, barrier);
   switch_away();
@@ -134,7 +135,6 @@ void block_barrier_arrive(unsigned id, unsigned count) {
   arrive(barrier, *fiber);
   barrier.clock.set(fiber->id, fiber->time);
   publish(fiber);
-  progress();
   complete_if_full(*fiber->block, barrier);
 }
 
@@ -148,6 +148,7 @@ uint64_t warp_meet(WarpOperation operation, unsigned mask, uint64_t value, unsig
   fiber->source = source;
   fiber->waits_for = kMeetingNames[static_cast<int>(operation)];
   fiber->waits_detail = mask;
+  progress();
   bool joined = false;
   for (Meeting& meeting : warp.meetings) {
     if (meeting.operation == operation && meeting.mask == mask) {

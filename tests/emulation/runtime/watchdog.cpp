@@ -29,7 +29,7 @@ struct Activity {
 };
 Activity last_seen;
 
-void look(int) {
+void look() {
   if (!in_kernel) return;
   const Activity now{launch_state.accesses_to_yield, schedule_hash};
   if (now == last_seen) {
@@ -39,18 +39,22 @@ void look(int) {
   last_seen = now;
 }
 
+// Several libraries of kernels may be loaded, each with a runtime of its own; the signal's one handler serves all.
+void dispatch(int, siginfo_t* info, void*) { reinterpret_cast<void (*)()>(info->si_value.sival_ptr)(); }
+
 // Of the thread of the host that launches; timers count that thread's time.
 struct Timer {
   timer_t id;
   bool made = false;
   Timer() {
     struct sigaction action = {};
-    action.sa_handler = look;
-    action.sa_flags = SA_NODEFER | SA_RESTART;  // it may be left by a jump
+    action.sa_sigaction = dispatch;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART;  // it may be left by a jump
     sigaction(SIGRTMIN + 7, &action, nullptr);
     sigevent event = {};
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = SIGRTMIN + 7;
+    event.sigev_value.sival_ptr = reinterpret_cast<void*>(&look);
     event.sigev_notify_thread_id = static_cast<pid_t>(syscall(SYS_gettid));
     made = timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &id) == 0;
   }

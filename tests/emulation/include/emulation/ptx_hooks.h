@@ -26,9 +26,11 @@ void cluster_wait();
 
 void mbarrier_init(uint64_t* mbarrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* mbarrier, unsigned expect_bytes);
-void mbarrier_arrive_cluster(uint32_t mbarrier);
-bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity, bool cluster);
-void mbarrier_wait(uint64_t* mbarrier, unsigned parity, bool cluster);
+enum class Publish : int { all, reads };
+void mbarrier_arrive_cluster(uint32_t mbarrier, Publish what);
+enum class Wait : int { block, stores, cluster };
+bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity, Wait reach);
+void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Wait reach);
 void store_async(uint32_t address, const void* value, unsigned bytes, uint32_t mbarrier);
 
 }  // namespace frnn_emulation
