@@ -70,4 +70,28 @@ using ForwardArgs = LayerArgs<ForwardDirection<T>>;
 template <class T>
 using BackwardArgs = LayerArgs<BackwardDirection<T>>;
 
+// c = a^T b: a sum over the rows of all steps, a gradient of weights.
+template <class T>
+struct SumOverRows {
+  int64_t rows, M, N;
+  const T* a;  // [rows, M], row stride a_stride
+  int64_t a_stride;
+  const T* b;  // [rows, N], row stride b_stride
+  int64_t b_stride;
+  T* c;  // [M, N]
+  int threads;
+};
+
+// c = a w, or c += a w: the gradient of the input.
+template <class T>
+struct RowsTimesMatrix {
+  int64_t rows, K, N;
+  const T* a;  // [rows, K], row stride a_stride
+  int64_t a_stride;
+  const T* w;  // [K, N]
+  T* c;        // [rows, N]
+  bool add;
+  int threads;
+};
+
 }  // namespace frnn

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from test_ops import CELLS, make_layer, wanted_bits
+from test_ops import CELLS, gradients_by_reference, make_layer, wanted_bits
 from torch import Tensor
 
 from fused_rnn import _C, ops, reference
@@ -38,6 +38,26 @@ def test_every_instruction_set_agrees_with_reference(cell: str, H: int, dtype: t
             # Sums of H + 3 products of order 1, each rounded; relu states of a few steps grow to some tens.
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(ours.double(), theirs, rtol=100 * eps, atol=20 * (H + 3) ** 0.5 * eps)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize(
+    "T, B, I, H",
+    [(9, 70, 1, 5), (9, 70, 3, 40), (5, 1, 70, 3), (3, 200, 33, 17), (2, 131, 600, 9), (1, 7, 9, 530)],
+)
+def test_gradients_over_many_rows(T: int, B: int, I: int, H: int, isa: str, threads: int) -> None:
+    """The products around the scan: several blocks of rows, columns and units, few of each, and their remainders."""
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+    arguments = make_layer("gru", T, B, I, H, directions=2)  # its n gate takes part in two products
+    output, hn, cn, saved = ops.layer_forward("gru", *arguments, True)
+    gradients = [torch.randn_like(output), torch.randn_like(hn), None]
+    found = ops.layer_backward("gru", *gradients, *arguments, output, saved, wanted_bits(arguments))
+    wanted = gradients_by_reference("gru", arguments, gradients)
+    for ours, theirs in zip(found, wanted, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("cell", CELLS)

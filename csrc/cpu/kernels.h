@@ -16,6 +16,10 @@ struct CpuKernels {
   void (*forward_double)(CellKind, const ForwardArgs<double>&);
   void (*backward_float)(CellKind, const BackwardArgs<float>&);
   void (*backward_double)(CellKind, const BackwardArgs<double>&);
+  void (*sum_over_rows_float)(const SumOverRows<float>&);
+  void (*sum_over_rows_double)(const SumOverRows<double>&);
+  void (*multiply_float)(const RowsTimesMatrix<float>&);
+  void (*multiply_double)(const RowsTimesMatrix<double>&);
   CpuProblem (*problem_float)(CellKind, const Shape&, int threads, bool backward);
   CpuProblem (*problem_double)(CellKind, const Shape&, int threads, bool backward);
 
@@ -23,6 +27,10 @@ struct CpuKernels {
   void forward(CellKind kind, const ForwardArgs<double>& args) const { forward_double(kind, args); }
   void backward(CellKind kind, const BackwardArgs<float>& args) const { backward_float(kind, args); }
   void backward(CellKind kind, const BackwardArgs<double>& args) const { backward_double(kind, args); }
+  void sum_over_rows(const SumOverRows<float>& args) const { sum_over_rows_float(args); }
+  void sum_over_rows(const SumOverRows<double>& args) const { sum_over_rows_double(args); }
+  void multiply(const RowsTimesMatrix<float>& args) const { multiply_float(args); }
+  void multiply(const RowsTimesMatrix<double>& args) const { multiply_double(args); }
 };
 
 struct InstructionSet {

@@ -20,18 +20,19 @@ constexpr int tile_rows(int lanes) {
 
 // A single running sum over a long k loses accuracy; partial sums of this many products keep the error at the level
 // of torch's matrix products. Those are more accurate for few rows, where short sums cost nothing here either: such a
-// tile waits for its weights.
-constexpr int64_t sum_length(int rows) { return rows <= 3 ? 32 : 128; }
+// tile waits for its weights. Sums over the rows of all steps are sums of one product a step in torch: shorter still.
+constexpr int64_t kStateSum = 128, kRowSum = 64;
+constexpr int64_t sum_length(int rows, int64_t longest) { return rows <= 3 ? 32 : longest; }
 
 // acc[r][l] = sum over k of a[r][k] * weights[k * stride + l * kSize ...]
 // Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
-template <class T, int kLanes, int kRows>
+template <class T, int kLanes, int kRows, int64_t kLongest>
 __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, const T* weights,
                                                  int64_t stride, T* acc) {
   using V = Vec<T>;
   const T* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  constexpr int64_t kLength = sum_length(kRows);
+  constexpr int64_t kLength = sum_length(kRows, kLongest);
   for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kLength) {
     const int64_t k1 = k0 + kLength < K ? k0 + kLength : K;
     V sums[kRows][kLanes];
@@ -59,21 +60,21 @@ __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, c
   }
 }
 
-template <class T, int kLanes>
+template <class T, int kLanes, int64_t kLongest = kStateSum>
 void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride, T* acc) {
   if constexpr (tile_rows(kLanes) >= 8)
-    if (rows == 8) return packed_product_of<T, kLanes, 8>(a, K, weights, stride, acc);
+    if (rows == 8) return packed_product_of<T, kLanes, 8, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 7)
-    if (rows == 7) return packed_product_of<T, kLanes, 7>(a, K, weights, stride, acc);
+    if (rows == 7) return packed_product_of<T, kLanes, 7, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 6)
-    if (rows == 6) return packed_product_of<T, kLanes, 6>(a, K, weights, stride, acc);
+    if (rows == 6) return packed_product_of<T, kLanes, 6, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 5)
-    if (rows == 5) return packed_product_of<T, kLanes, 5>(a, K, weights, stride, acc);
+    if (rows == 5) return packed_product_of<T, kLanes, 5, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 4)
-    if (rows == 4) return packed_product_of<T, kLanes, 4>(a, K, weights, stride, acc);
-  if (rows == 3) return packed_product_of<T, kLanes, 3>(a, K, weights, stride, acc);
-  if (rows == 2) return packed_product_of<T, kLanes, 2>(a, K, weights, stride, acc);
-  return packed_product_of<T, kLanes, 1>(a, K, weights, stride, acc);
+    if (rows == 4) return packed_product_of<T, kLanes, 4, kLongest>(a, K, weights, stride, acc);
+  if (rows == 3) return packed_product_of<T, kLanes, 3, kLongest>(a, K, weights, stride, acc);
+  if (rows == 2) return packed_product_of<T, kLanes, 2, kLongest>(a, K, weights, stride, acc);
+  return packed_product_of<T, kLanes, 1, kLongest>(a, K, weights, stride, acc);
 }
 
 // One row a times a vector's worth of rows of weights, K apart: their dot products. Rows from `rows` on repeat the
@@ -141,12 +142,12 @@ void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T*
   }
 }
 
-// weights [K, columns] -> panel [K][kVectors * kSize] of the columns from `first` on, zero beyond.
+// weights [K, columns], row stride `stride` -> panel [K][kVectors * kSize] of the columns from `first` on, zero beyond.
 template <class T, int kVectors>
-void pack_columns(const T* weights, int64_t columns, int64_t K, int64_t first, T* panel) {
+void pack_columns(const T* weights, int64_t columns, int64_t stride, int64_t K, int64_t first, T* panel) {
   constexpr int kUnits = kVectors * Vec<T>::kSize;
   const int64_t units = columns - first < kUnits ? columns - first : kUnits;
-  for (int64_t k = 0; k < K; ++k, panel += kUnits, weights += columns) {
+  for (int64_t k = 0; k < K; ++k, panel += kUnits, weights += stride) {
     memcpy(panel, weights + first, units * sizeof(T));
     for (int64_t u = units; u < kUnits; ++u) panel[u] = T(0);
   }

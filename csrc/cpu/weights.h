@@ -71,7 +71,8 @@ class ColumnWeights {
 
   int64_t panels() const { return divide_up(units_, kUnits); }
   void pack(int64_t panel) const {
-    if (!in_place(panel)) pack_columns<T, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
+    if (!in_place(panel))
+      pack_columns<T, kVectors>(weights_, units_, units_, K_, panel * kUnits, packed(panel));
   }
   // acc[row][unit of the panel]
   void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {

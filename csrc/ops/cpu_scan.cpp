@@ -1,4 +1,5 @@
 // The CPU's part of the operators: threads, the kernels of csrc/cpu, and sums over the rows of all steps.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
@@ -122,33 +123,34 @@ void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& 
   }
 }
 
-Tensor first_rows(const Tensor& tensor, int64_t rows) {
-  return rows == tensor.size(0) ? tensor : tensor.narrow(0, 0, rows);
+// Torch's own gradients of weights are sums of one product a step; the micro-kernel's sums are as short, and a matrix
+// product of ATen's here would be one running sum over thousands of rows.
+template <class T>
+void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
+  instruction_set().kernels->sum_over_rows(SumOverRows<T>{a.size(0), a.size(1), b.size(1), input_of<T>(a),
+                                                          a.stride(0), input_of<T>(b), b.stride(0),
+                                                          output_of<T>(result), at::get_num_threads()});
 }
 
-// result = a^T b, a sum over all rows. Torch's own gradients are sums of one product a step; one running sum over
-// thousands of rows would be several times less accurate. MKL sums large products in blocks by itself, small
-// and narrow ones it does not: those are summed here in chunks of rows.
-void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t batch) {
-  constexpr int64_t kSmall = 1 << 17;
-  const int64_t rows = a.size(0);
-  if (rows <= kFewRows)
-    return result.scalar_type() == at::kFloat ? product_over_few_rows<float>(result, a, b)
-                                              : product_over_few_rows<double>(result, a, b);
-  const int64_t chunk = result.numel() > kSmall ? rows : std::max<int64_t>(batch, rows >= 1024 ? 128 : 64);
-  Tensor sum = result;
-  at::mm_out(sum, first_rows(a, std::min(chunk, rows)).t(), first_rows(b, std::min(chunk, rows)));
-  for (int64_t first = chunk; first < rows; first += chunk) {
-    const int64_t count = std::min(chunk, rows - first);
-    sum.add_(at::mm(a.narrow(0, first, count).t(), b.narrow(0, first, count)));
-  }
+void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t) {
+  const bool single = result.scalar_type() == at::kFloat;
+  if (a.size(0) <= kFewRows)
+    single ? product_over_few_rows<float>(result, a, b) : product_over_few_rows<double>(result, a, b);
+  else
+    single ? sum_over_rows<float>(result, a, b) : sum_over_rows<double>(result, a, b);
+}
+
+template <class T>
+void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
+  instruction_set().kernels->multiply(RowsTimesMatrix<T>{a.size(0), a.size(1), b.size(1), input_of<T>(a),
+                                                         a.stride(0), input_of<T>(b), output_of<T>(result),
+                                                         add, at::get_num_threads()});
 }
 
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
-  if (sum.defined())
-    sum.addmm_(a, b);
-  else
-    sum = at::mm(a, b);
+  const bool add = sum.defined();
+  if (!add) sum = at::detail::empty_cpu({a.size(0), b.size(1)}, a.scalar_type(), false, std::nullopt);
+  a.scalar_type() == at::kFloat ? multiply<float>(sum, a, b, add) : multiply<double>(sum, a, b, add);
 }
 
 }  // namespace
