@@ -5,6 +5,7 @@
 #   make build     make the environment, compile, install in place
 #   make bench     the quick benchmark                         make bench ARGS="--suite core --out run.json"
 #   make lint      style of Python and C++                     make format   mends it
+#   make gpu-check [OUT=dir]   on a machine with a GPU: build, tests, sanitizers and benchmark, in eight minutes
 #   make asan      the op tests on a build with AddressSanitizer and UBSan
 #   make clean     forget everything that was built            (.venv stays)
 #
@@ -31,6 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Stamps carry a checksum of what they depend on besides files, so that a changed wish is a missing stamp.
 checksum = $(firstword $(shell printf '%s' '$(1)' | cksum))
 CSRC := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc'))
+OTHER_CPP := $(sort $(shell find tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h'))
 BUILD_INPUTS := $(CSRC) setup.py pyproject.toml tools/cuda_toolkit.py fused_rnn/_version.py
 WISHES := $(ENV) $(TORCH) $(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(CC) $(CXX) $(CFLAGS) $(CXXFLAGS)
 BUILT := build/stamps/built-$(call checksum,$(WISHES) $(BUILD_INPUTS))
@@ -40,7 +42,7 @@ else
 READY := .venv/.ready-$(call checksum,$(TORCH) $(PYTHON))
 endif
 
-.PHONY: help demo test build bench lint format asan clean checked-environment
+.PHONY: help demo test build bench lint format asan gpu-check clean checked-environment
 .DELETE_ON_ERROR:
 
 help:
@@ -61,12 +63,12 @@ bench: $(BUILT)
 lint: | $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(OTHER_CPP)
 
 format: | $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) $(OTHER_CPP)
 
 # A build apart, in build/asan, so that the normal one is left alone. The runtime of ASan must come first in the
 # process, and Python does not link it: hence the preload, with libstdc++ so that it can watch C++ exceptions.
@@ -85,6 +87,11 @@ asan: | $(READY)
 	  'import fused_rnn._extension as e; path = e.load().__file__; print("testing", path); assert "asan" in path'
 	$(ASAN_RUN) -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider -k '$(ASAN_SKIP)' $(ARGS) $(abspath $(ASAN_TESTS))
 
+# By the Python that holds the machine's torch: PYTHON, or that of VENV. Nothing is installed. COMMIT names the commit
+# of a tree that came without its .git.
+gpu-check:
+	$(if $(VENV),$(RUN),$(PYTHON)) tools/gpu_check.py $(if $(OUT),--out '$(OUT)') $(if $(COMMIT),--commit '$(COMMIT)')
+
 clean:
 	rm -rf build dist out fused_rnn.egg-info fused_rnn/_C*.so
 
@@ -102,6 +109,7 @@ checked-environment:
 # The other stamps go: every configuration installs to the same place, and only the last one is there.
 build/stamps/built-%: $(BUILD_INPUTS) | $(READY)
 	@echo "Compiling fused_rnn: some minutes the first time, only what changed after that."
-	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@start=$$(date +%s); set -x; $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e . || exit; \
+	  { set +x; } 2>/dev/null; echo "Compiled in $$(($$(date +%s) - start)) s on $$(nproc) cores."
 	cd / && $(RUN) -m fused_rnn
 	rm -rf build/stamps && mkdir -p build/stamps && touch $@

@@ -1,17 +1,20 @@
-"""What each verb of the command does. torch and matplotlib are imported only by the verbs that need them."""
+"""What each verb of the command does. torch, rich and matplotlib are imported only where they are needed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from .case import Case
 from .errors import BenchError
 from .results import Results, load
 from .suites import SUITES, THREE, Line, cases
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OK = 0
 FAILED = 1
@@ -20,8 +23,25 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 def _console() -> Console:
     """The console for tables. In a pipe or a log it is as wide as the widest row."""
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def _show(results: Results, title: str = "") -> None:
+    """All of it, as Markdown where rich is not installed: a bare machine can measure all the same."""
+    if find_spec("rich"):
+        from .report import print_report
+
+        console = _console()
+        if title:
+            console.rule(title, align="left")
+        print_report(results, console)
+    else:
+        from .markdown import markdown
+
+        print(f"## {title}\n\n" * bool(title) + markdown(results))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from .ceiling import measure_ceiling
     from .environment import describe
     from .peers import registry
-    from .progress import RunProgress
-    from .report import print_report
+    from .progress import run_progress
     from .runner import Runner
     from .timing import Effort
 
@@ -48,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     peers = registry.choose_peers(options.against, device, torch.get_num_threads())
     contenders = [ours, *peers]
     try:
-        with RunProgress(Console(stderr=True), len(todo)) as progress:
+        with run_progress(len(todo)) as progress:
             ceiling = measure_ceiling(device, {case.dtype: None for case in todo}, progress.say)
             results = Results(describe(device, contenders), _settings(options), ceiling)
             effort = Effort(seconds=options.effort)
@@ -58,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             contender.close()
     if options.out is not None:
         results.save(options.out)
-    print_report(results, _console())
+    _show(results)
     if results.interrupted:
         return INTERRUPTED
     return FAILED if any(record.failed for record in results.records) else OK
@@ -151,17 +170,15 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
 
 def report(options: argparse.Namespace) -> int:
     """Show saved results."""
-    from .report import markdown, print_report
-
     loaded = [(path, load(path)) for path in options.files]
     if options.markdown is not None:
+        from .markdown import markdown
+
         text = "\n".join(f"## {path.stem}\n\n{markdown(results)}" for path, results in loaded)
         _write_text(options.markdown, text)
     else:
         for path, results in loaded:
-            console = _console()
-            console.rule(path.name, align="left")
-            print_report(results, console)
+            _show(results, path.name)
     if options.plots is not None:
         from .plots import save_plots
 

@@ -50,7 +50,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree that the command runs in or from, with `+` for uncommitted changes."""
+    """The commit of the source tree that the command runs in or from, with `+` for uncommitted changes.
+
+    A copy of a tree that came without its .git is told by FUSED_RNN_COMMIT.
+    """
+    if told := os.environ.get("FUSED_RNN_COMMIT"):
+        return told
     for root in (Path(__file__).resolve().parents[1], Path.cwd()):
         git = ("git", "-C", str(root))
         if _output(*git, "ls-files", "--error-unmatch", "fused_rnn/__init__.py"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .case import GATES, ITEM_BYTES, LAYERS
+from .case import GATES, ITEM_BYTES, LAYERS, Case
 from .errors import BenchError
 
 # The planner's names for the cells.
@@ -24,7 +24,10 @@ def explain(
     threads: int,
     arch: str | None,
 ) -> dict[str, Any]:
-    """The plan for one layer as the planner gives it: a flat dictionary, `why` among its keys."""
+    """The plan for one layer as the planner gives it: a flat dictionary, `why` among its keys.
+
+    On a GPU the backward pass has a plan of its own, under names that begin with `backward_`.
+    """
     T, B, I, H = shape
     if projection and (cell != "lstm" or projection >= H):
         raise BenchError("--proj needs the lstm cell and a size below the hidden size")
@@ -48,6 +51,17 @@ def explain(
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise BenchError(f"the planner refuses this: {_first_line(error)}") from error
+
+
+def strategies(case: Case) -> dict[str, str]:
+    """How the kernels of fused_rnn run a case on this machine's GPU, by pass; empty for other cases."""
+    if case.device != "cuda" or not case.is_layer:
+        return {}
+    plan = explain(
+        case.cell, (case.T, case.B, case.I, case.H), device="cuda", dtype=case.dtype, training=case.mode == "train",
+        projection=0, directions=case.directions, threads=1, arch=None,
+    )  # fmt: skip
+    return {name: plan[name] for name in ("strategy", "backward_strategy") if name in plan}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Prints results: tables for a terminal with rich, or the same tables as Markdown."""
+"""Prints results as tables for a terminal, with rich. markdown.py writes the same ones as text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from .compare import Comparison
 from .results import Results
 from .tables import Table
 
-_LEFT = {"cell", "mode", "dtype", "T x B x H", "against", "at", "note"}
 _DISPENSABLE = ("note", "MB torch", "MB", "TFLOP/s", "us a step", "cases", "at", "dtype")
 _FEW = 12
-_LOOSE = "Peers marked ~, timed though out of tolerance"
 
 
 def print_report(results: Results, console: Console) -> None:
@@ -29,7 +27,7 @@ def print_report(results: Results, console: Console) -> None:
     for table in (tables.case_table(results), tables.mean_table(results)):
         if table.rows:
             _print_table(table, console)
-    _print_list(console, _LOOSE, tables.loose(results), "yellow")
+    _print_list(console, tables.LOOSE, tables.loose(results), "yellow")
     _print_list(console, "Left out", tables.left_out(results), "yellow")
     _print_list(console, "Failed", tables.failures(results), "bold red")
 
@@ -42,7 +40,9 @@ def _print_table(table: Table, console: Console) -> None:
     )
     for index in kept:
         column = table.columns[index]
-        rich.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=column != "case")
+        rich.add_column(
+            column, justify="left" if column in tables.TEXT else "right", no_wrap=column != "case"
+        )
     for number, row in enumerate(table.rows):
         rich.add_row(*(Text(row[index]) for index in kept), style="red" if number in table.bad else None)
     console.print(rich)
@@ -72,30 +72,6 @@ def _print_list(console: Console, heading: str, lines: list[str], style: str) ->
         console.print(Text(f"  {line}"), soft_wrap=True)
     if len(shown) < len(lines):
         console.print(Text(f"  and {len(lines) - len(shown)} more"))
-
-
-def markdown(results: Results) -> str:
-    """Everything about one run, as Markdown."""
-    parts = [tables.environment_line(results), tables.ceiling_line(results), tables.load_warning(results)]
-    parts = [part for part in parts if part]
-    for table in (tables.mean_table(results), tables.case_table(results)):
-        if table.rows:
-            parts += [f"### {table.title}", _markdown_table(table)]
-    lists = ((_LOOSE, tables.loose), ("Left out", tables.left_out), ("Failed", tables.failures))
-    for heading, lines in ((heading, lines_of(results)) for heading, lines_of in lists):
-        if lines:
-            parts += [f"### {heading}", "\n".join(f"- {_escape(line)}" for line in lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    rule = ["---" if column in _LEFT else "---:" for column in table.columns]
-    rows = [table.columns, rule, *([_escape(cell) for cell in row] for row in table.rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -9,6 +9,12 @@ from .cost import flops
 from .results import OURS, Entry, Record, Results
 from .stats import geometric_mean
 
+# Columns of words, which stand on the left; the others hold numbers.
+TEXT = frozenset({"cell", "mode", "dtype", "T x B x H", "against", "at", "note"})
+
+# The heading over the lines of `loose`.
+LOOSE = "Peers marked ~, timed though out of tolerance"
+
 # The share of the cores that other programs may use before the times are called into question.
 _BUSY = 0.5
 

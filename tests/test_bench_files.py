@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,9 @@ from fused_rnn_bench.case import Case
 from fused_rnn_bench.cli import main
 from fused_rnn_bench.cost import Ceiling
 from fused_rnn_bench.errors import BenchError
-from fused_rnn_bench.report import print_report
 from fused_rnn_bench.results import OURS, Entry, Record, Results
 from fused_rnn_bench.stats import Spread, geometric_mean, quantile
 from fused_rnn_bench.tables import number
-from rich.console import Console
 
 ENVIRONMENT = {"device": "cpu", "device_name": "a processor", "threads": 2, "torch": "2.13.0", "cores": 2}
 CASES = [
@@ -178,7 +178,10 @@ def test_report_shows_speedups_means_failures_and_what_was_left_out(tmp_path, ca
 
 @pytest.mark.parametrize("width", [60, 70, 80, 100, 200])
 def test_a_narrow_terminal_loses_columns_not_digits(width):
-    console = Console(width=width, file=io.StringIO())
+    rich_console = pytest.importorskip("rich.console", reason="tables for a terminal need rich")
+    from fused_rnn_bench.report import print_report
+
+    console = rich_console.Console(width=width, file=io.StringIO())
     print_report(some_results(), console)
     shown = console.file.getvalue()
     assert "2.00" in shown and "1.00 ±1%" in shown and "ceiling" in shown
@@ -198,6 +201,42 @@ def test_report_writes_markdown_tables(tmp_path, capsys):
     assert main(["report", path, "--markdown", "-"]) == 0
     assert "| gru | train | fp32 | torch |" in capsys.readouterr().out
     assert main(["report", path, "--markdown", str(tmp_path / "absent" / "run.md")]) == 2
+
+
+def test_without_rich_a_report_is_markdown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    path = saved(some_results(), tmp_path / "run.json")
+    assert main(["report", path]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("## run.json\n") and "| gru | train | fp32 | torch |" in shown
+
+
+def test_a_run_on_a_gpu_is_reported_and_compared(tmp_path, capsys):
+    """With fused_rnn 1.3 times slower in the second run, in the eager cases alone."""
+
+    def run_of(slower: float) -> Results:
+        results = some_results()
+        results.environment |= {"device": "cuda", "device_name": "a GPU", "driver": "580.1", "threads": 16}
+        results.records = [
+            Record(
+                replace(record.case, device="cuda", dtype=dtype, graph=graph),
+                {OURS: timed(1.0 if graph else slower), "torch": timed(2.0)},
+            )
+            for record in results.records
+            for dtype in ("bf16", "tf32")
+            for graph in (False, True)
+        ]
+        return results
+
+    old, new = saved(run_of(1.0), tmp_path / "old.json"), saved(run_of(1.3), tmp_path / "new.json")
+    assert main(["report", old]) == 0
+    shown = capsys.readouterr().out
+    assert "a GPU, driver 580.1" in shown and "tf32 graph" in shown and "50x4x8 graph" in shown
+    assert main(["compare", old, old]) == 0
+    capsys.readouterr()
+    assert main(["compare", old, new]) == 1
+    shown = capsys.readouterr().out
+    assert "16 cases compared: 8 slower" in shown and "lstm infer bf16 cuda" in shown
 
 
 def test_report_draws_both_plots(tmp_path):

@@ -88,6 +88,18 @@ def test_a_run_measures_saves_and_shows(tmp_path, capsys):
     assert "[4/4] gru_cell train fp32 4x2x8" in shown.err, "a log gets a line for each case"
 
 
+def test_without_rich_a_run_is_shown_as_markdown(tmp_path, capsys, monkeypatch, quick_ceiling):
+    """And a copy of a tree without its .git can be told what it is."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setenv("FUSED_RNN_COMMIT", "0123abc")
+    out = tmp_path / "run.json"
+    assert main(["run", *TINY, "--cell", "rnn", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "| rnn | train | fp32 | 4x2x8 |" in shown.out and "commit 0123abc" in shown.out
+    assert "[2/2] rnn train fp32 4x2x8: fused_rnn" in shown.err
+    assert load(out).environment["commit"] == "0123abc"
+
+
 def test_dtypes_packed_input_and_stacks_run(tmp_path, quick_ceiling):
     out = tmp_path / "run.json"
     more = [

@@ -10,17 +10,26 @@ torch's.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import itertools
+import sys
+import types
+import unittest
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from parity import CLASSES, tensors_of
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+if not importlib.util.find_spec("expecttest"):
+    # torch.testing derives a class from one of it, which nothing here uses: a machine without it can run this too
+    sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
 from torch.testing._internal.common_utils import freeze_rng_state, gradcheck, gradgradcheck
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 ENTRIES: dict[type, ModuleInfo] = {info.module_cls: info for info in module_db}
 OURS = {kind.theirs: kind.ours for kind in CLASSES}

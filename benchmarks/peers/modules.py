@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from fused_rnn_bench.case import Case
+from fused_rnn_bench.explain import strategies
 from fused_rnn_bench.problem import Problem, build_module, module_call
 
 from .base import Contender, LocalRunnable
@@ -14,6 +16,8 @@ from .base import Contender, LocalRunnable
 
 class ModuleContender(Contender):
     """Anything whose classes are drop-ins for torch.nn's."""
+
+    runnable: ClassVar[type[LocalRunnable]] = LocalRunnable
 
     def namespace(self) -> ModuleType:
         raise NotImplementedError
@@ -27,7 +31,7 @@ class ModuleContender(Contender):
     def prepare(self, problem: Problem) -> LocalRunnable:
         case = problem.case
         module = build_module(self.namespace(), case, problem.x.dtype, case.device)
-        return LocalRunnable(module_call(module, problem), case)
+        return self.runnable(module_call(module, problem), case)
 
 
 class TorchNN(ModuleContender):
@@ -40,8 +44,14 @@ class TorchNN(ModuleContender):
         return torch.__version__
 
 
+class _Planned(LocalRunnable):
+    def settings(self) -> dict[str, Any]:
+        return strategies(self._case)
+
+
 class FusedRnn(ModuleContender):
     name = "fused_rnn"
+    runnable = _Planned
 
     def namespace(self) -> ModuleType:
         return importlib.import_module("fused_rnn")

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "dtypes.h"
 
@@ -41,12 +42,36 @@ __device__ __forceinline__ void load(Accumulate<T> (&to)[N], const T* from) {
   for (int k = 0; k < N; ++k) to[k] = to_accumulate(packed.at[k]);
 }
 
+// An integer of so many bytes.
+template <size_t bytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint64_t;
+};
+template <>
+struct WordOf<16> {
+  using type = unsigned __int128;
+};
+
+// Through an integer: nvcc stores a struct of numbers one by one.
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Accumulate<T> (&from)[N]) {
+  using Word = typename WordOf<sizeof(T) * N>::type;
   Packed<T, N> packed;
 #pragma unroll
   for (int k = 0; k < N; ++k) packed.at[k] = from_accumulate<T>(from[k]);
-  *reinterpret_cast<Packed<T, N>*>(to) = packed;
+  Word word;
+  memcpy(&word, &packed, sizeof word);
+  *reinterpret_cast<Word*>(to) = word;
 }
 
 // Whether N numbers from here on are one aligned vector, and so are those of every row. Null is aligned. For the host.

@@ -1,0 +1,231 @@
+"""The CUDA code inside the built extension, read with NVIDIA's own tools: no GPU is needed.
+
+For every architecture that it was compiled for: each kernel is there, keeps its numbers in registers, and holds the
+instructions that it was written for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_build import ROOT, tools
+
+from fused_rnn import _C
+
+BINARY = Path(_C.__file__)
+ARCHS = tuple(name.removeprefix("sm_") for name in _C.cuda_archs() if name.startswith("sm_"))
+
+# What a template argument may be, as C++ spells it.
+CELLS = ("Rnn<Tanh>", "Rnn<Relu>", "Gru", "Lstm")
+NUMBERS = ("float", "double", "Half", "BFloat16")
+
+# The numbers that a kernel takes, where they are not all of these.
+TAKES: dict[str, tuple[str, ...]] = {}
+
+# Disassembling takes seconds an architecture. Which instruction is chosen differs between generations, so the oldest
+# that was built, the newest, and Hopper, which has instructions of its own, stand for all.
+READ = tuple(dict.fromkeys((*ARCHS[:1], *(arch for arch in ARCHS if arch == "90a"), *ARCHS[-1:])))
+
+
+class Promise(NamedTuple):
+    """Of the kernels whose name matches: instructions that each of them holds, and instructions that none does."""
+
+    kernel: str
+    holds: tuple[str, ...]
+    never: tuple[str, ...] = ()
+    since: int = 75  # the first architecture
+
+
+PROMISES = (
+    # a thread's vector is loaded and stored by one instruction each (the byte is `reset`)
+    Promise(
+        r"step_(forward|backward)_kernel<.*, [24], (float|double)>",
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        (r"LDG\.E(?!\.128|\.U8)", r"STG\.E(?!\.128)"),
+    ),
+    Promise(
+        r"step_(forward|backward)_kernel<.*, 4, (Half|BFloat16)>",
+        (r"LDG\.E\.128", r"STG\.E\.64"),
+        (r"LDG\.E(?!\.128|\.64|\.U8)", r"STG\.E(?!\.128|\.64)"),
+    ),
+    # the weights, whatever their dtype
+    Promise(r"step_fused_kernel<.*>", (r"LDG\.E\.128",)),
+)
+
+
+def find_cuobjdump() -> Path | None:
+    """The toolkit's, or that of NVIDIA's wheels (requirements.txt). It needs nvdisasm beside it."""
+    toolkit = tools.find_toolkit(os.environ)
+    candidates = [toolkit.home / "bin" / "cuobjdump"] if toolkit else []
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    candidates += [Path(file.locate()) for file in files if file.name == "cuobjdump"]
+    for path in candidates:
+        if os.access(path, os.X_OK) and os.access(path.with_name("nvdisasm"), os.X_OK):
+            return path
+    return None
+
+
+CUOBJDUMP = find_cuobjdump()
+pytestmark = [
+    pytest.mark.skipif(
+        not ARCHS, reason="this build has no CUDA code: no nvcc was found, or FUSED_RNN_CUDA=0"
+    ),
+    pytest.mark.skipif(
+        CUOBJDUMP is None, reason="needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    ),
+]
+
+
+def output(*command: str | Path, text: str | None = None) -> str:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+@cache
+def readable() -> dict[str, str]:
+    """Mangled name -> name of every kernel, without its arguments and the project's namespaces."""
+    mangled = sorted({name for _, name in resources()})
+    assert shutil.which("c++filt"), "c++filt comes with every C++ compiler"
+    names = output("c++filt", text="\n".join(mangled)).splitlines()
+    short = (re.sub(r"\(.*|^void |\bfrnn::|\bscalar::", "", name) for name in names)
+    return dict(zip(mangled, short, strict=True))
+
+
+@cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, mangled name) -> REG, STACK, LOCAL, ... of every kernel."""
+    found, arch, kernel = {}, "", ""
+    for line in output(CUOBJDUMP, "--dump-resource-usage", BINARY).splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found[arch, kernel] = {name: int(n) for name, n in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line)}
+    return found
+
+
+@cache
+def launch_bounds() -> dict[tuple[str, str], int]:
+    """(architecture, mangled name) -> threads a block that the kernel was compiled for, where it says so."""
+    found, arch, kernel, at_bound = {}, "", "", False
+    for line in output(CUOBJDUMP, "--dump-elf", BINARY).splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif line.startswith(".nv.info."):
+            kernel = line.removeprefix(".nv.info.").strip()
+        elif "Attribute:" in line:
+            at_bound = "EIATTR_MAX_THREADS" in line
+        elif at_bound and "Value:" in line:
+            x, y, z = (int(word, 16) for word in line.split()[1:])
+            found[arch, kernel] = x * y * z
+    return found
+
+
+def disassemble(arch: str) -> dict[str, set[str]]:
+    """Name -> the instructions of every kernel, without their operands."""
+    found, kernel = defaultdict(set), ""
+    for line in output(CUOBJDUMP, "--dump-sass", "--gpu-architecture", f"sm_{arch}", BINARY).splitlines():
+        if match := re.match(r"\s*Function : (\w+)", line):
+            kernel = readable()[match[1]]
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", line):
+            found[kernel].add(match[1])
+    return dict(found)
+
+
+@cache
+def instructions() -> dict[str, dict[str, set[str]]]:
+    readable()
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(READ, pool.map(disassemble, READ), strict=True))
+
+
+def kernels(arch: str) -> set[str]:
+    return {readable()[kernel] for its, kernel in resources() if its == arch}
+
+
+def base(kernel: str) -> str:
+    return kernel.partition("<")[0]
+
+
+def test_every_architecture_has_every_kernel_of_the_sources():
+    code = "".join(
+        re.sub(r"//.*", "", path.read_text())
+        for path in (ROOT / "csrc" / "cuda").iterdir()
+        if path.suffix in (".cu", ".cuh")
+    )
+    written = set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", code))
+    assert len(written) == code.count("__global__") > 0
+    assert {arch for arch, _ in resources()} == set(ARCHS)
+    for arch in ARCHS:
+        assert {base(kernel) for kernel in kernels(arch)} == written, arch
+        assert kernels(arch) == kernels(ARCHS[0]), arch
+
+
+def test_every_kernel_takes_every_cell_and_every_dtype():
+    takes = defaultdict(set)
+    for kernel in kernels(ARCHS[0]):
+        cells = [cell for cell in CELLS if re.search(rf"\b{re.escape(cell)}[,>]", kernel)]
+        numbers = [number for number in NUMBERS if re.search(rf"\b{number}[,>]", kernel)]
+        assert len(cells) <= 1 and len(numbers) == 1, kernel
+        takes[base(kernel)].add((*cells, *numbers))
+    for name, taken in takes.items():
+        of_a_cell = any(len(arguments) == 2 for arguments in taken)
+        numbers = TAKES.get(name, NUMBERS)
+        wanted = set(itertools.product(CELLS, numbers) if of_a_cell else itertools.product(numbers))
+        assert taken == wanted, f"{name} lacks {sorted(wanted - taken)}"
+
+
+def test_nothing_is_spilled():
+    """A stack frame holds spilled registers, and arrays whose index the compiler could not resolve."""
+    stacks = {
+        f"sm_{arch} {readable()[kernel]}": used["STACK"] + used["LOCAL"]
+        for (arch, kernel), used in resources().items()
+        if used["STACK"] or used["LOCAL"]
+    }
+    assert not stacks, "\n".join(f"{kernel}: {used} bytes" for kernel, used in sorted(stacks.items()))
+
+
+def test_a_block_finds_its_registers():
+    """65536 on every multiprocessor, given out to a warp in lots of 8 a thread. A kernel that does not say how many
+    threads it is started with may be started with 1024."""
+    for (arch, kernel), used in resources().items():
+        threads = launch_bounds().get((arch, kernel), 1024)
+        registers = -(-used["REG"] // 8) * 8
+        assert registers * threads <= 65536, (
+            f"sm_{arch} {readable()[kernel]}: {registers} of {threads} threads"
+        )
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.kernel)
+def test_kernels_hold_the_instructions_that_they_were_written_for(promise):
+    for arch in READ:
+        if int(re.match(r"\d+", arch)[0]) < promise.since:
+            continue
+        chosen = {
+            name: held for name, held in instructions()[arch].items() if re.fullmatch(promise.kernel, name)
+        }
+        assert chosen, f"no kernel is called {promise.kernel}"
+        broken = []
+        for name, held in sorted(chosen.items()):
+            missing = [wanted for wanted in promise.holds if not any(re.match(wanted, word) for word in held)]
+            wrong = [word for word in sorted(held) if any(re.match(never, word) for never in promise.never)]
+            if missing or wrong:
+                broken.append(f"sm_{arch} {name}: lacks {missing}, has {wrong}")
+        assert not broken, "\n".join(broken)
