@@ -75,7 +75,7 @@ format: | $(READY)
 # Leaks are not looked for: Python and torch leave too much to the end of the process on purpose. Everything runs in
 # build/asan, because Python puts the current folder first on its path and the normal build is in this one. One test
 # is left out: the checks stand between products and sums, which then cannot be fused, and it counts those last bits.
-ASAN_TESTS ?= tests/test_ops.py tests/test_cpu_kernels.py
+ASAN_TESTS ?= tests/test_ops.py tests/test_ops_derivatives.py tests/test_cpu_kernels.py
 ASAN_SKIP ?= not activations_are_accurate
 ASAN_RUN = cd build/asan && LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/lib $(RUN)
@@ -95,10 +95,11 @@ gpu-check:
 clean:
 	rm -rf build dist out fused_rnn.egg-info fused_rnn/_C*.so
 
-.venv/.ready-%: requirements.txt
+.venv/.ready-%: requirements.txt requirements-models.txt
 	$(PYTHON) tools/doctor.py machine
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -r requirements.txt '$(TORCH)'
+	$(RUN) -m pip install --no-deps -r requirements-models.txt
 	rm -rf .venv/.ready-* build/stamps
 	touch $@
 

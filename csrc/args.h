@@ -58,6 +58,45 @@ struct BackwardDirection {
   T* dh0;    // [B, Hr] or null: not wanted. The GRU's carry is added into it
 };
 
+// One direction of a layer, forward, with how it changes when its arguments do: x -> x + tangent.
+template <class T>
+struct TangentDirection {
+  bool reverse;
+  const T* w_hh;        // [G*H, Hr]
+  const T* w_hr;        // [P, H] or null
+  const T* h0;          // [B, Hr] or null: zero
+  const T* c0;          // [B, H] or null: zero
+  const T* output;      // [N, Hr], row stride output_stride
+  const T* saved;       // [N, kSaved*H]
+  const T* x_tangent;   // [N, G*H], of the input side of the pre-activations, or null: zero
+  const T* hh_tangent;  // [N, G*H], of their recurrent side, the part due to w_hh and b_hh, or null: zero
+  const T* hr_tangent;  // [N, P], of the projected state, the part due to w_hr, or null: zero
+  const T* h0_tangent;  // [B, Hr] or null: zero
+  const T* c0_tangent;  // [B, H] or null: zero
+  T* output_tangent;    // [N, Hr], row stride output_stride
+  int64_t output_stride;
+  T* hn_tangent;     // [B, Hr]
+  T* c_tangent;      // [B, H], becomes that of c_n; null for cells without a cell state
+  T* saved_tangent;  // [N, kSaved*H]
+};
+
+// Backward, with how it changes: through the tangents of the pass forward, and those of the weights.
+template <class T>
+struct DualBackwardDirection {
+  TangentDirection<T> forward;
+  const T* w_hh_tangent;  // [G*H, Hr] or null: zero
+  const T* w_hr_tangent;  // [P, H] or null: zero
+  const T* grad_output;   // [N, Hr], row stride output_stride, or null: zero
+  const T* grad_hn;       // [B, Hr] or null: zero
+  T* dgates;              // [N, kGateGrads*H]
+  T* dgates_tangent;      // likewise
+  T* dproj;               // [N, P]; null without a projection
+  T* dproj_tangent;       // likewise
+  T* carry;               // [B, H], as in BackwardDirection
+  T* carry_tangent;       // [B, H], holds zero, becomes that of the gradient of c_0
+  T* dh0_tangent;         // [B, Hr] or null: not wanted
+};
+
 template <class Direction>
 struct LayerArgs {
   Shape shape;
@@ -69,6 +108,10 @@ template <class T>
 using ForwardArgs = LayerArgs<ForwardDirection<T>>;
 template <class T>
 using BackwardArgs = LayerArgs<BackwardDirection<T>>;
+template <class T>
+using TangentArgs = LayerArgs<TangentDirection<T>>;
+template <class T>
+using DualBackwardArgs = LayerArgs<DualBackwardDirection<T>>;
 
 // c = a^T b: a sum over the rows of all steps, a gradient of weights.
 template <class T>

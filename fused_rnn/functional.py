@@ -56,12 +56,13 @@ def layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer by the fastest path that can take it; arguments and results as in ``reference.layer``."""
     if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         output, hn, cn = ops.layer(cell, ops.BUILD, input, batch_sizes, h0, c0, *weights)
         return output, hn, cn if ops.CELLS[cell].cell_state else None
-    return _computed_layer(cell, input, batch_sizes, h0, c0, *weights)
+    return _computed_layer(cell, input, batch_sizes, h0, c0, *weights, recompute=recompute)
 
 
 def _computed_layer(
@@ -71,12 +72,13 @@ def _computed_layer(
     h0: Tensor | None,
     c0: Tensor | None,
     *weights: Tensor | None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     path = _path((input, h0, c0, *weights))
     if path == _REFERENCE:
         return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
     if path == _RECORDED:
-        return autograd.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
+        return autograd.Layer.apply(cell, batch_sizes, recompute, input, h0, c0, *weights)
     if path == _TRANSFORMED:
         output, hn, cn, _ = transforms.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
     else:
@@ -199,6 +201,7 @@ def stack(
     states: States | None,
     layers: Sequence[Sequence[Tensor | None]],
     dropout: float,
+    recompute: bool = False,
 ) -> tuple[Tensor, States]:
     """Layers one on top of the other.
 
@@ -208,13 +211,14 @@ def stack(
         states: h0, and c0 for the LSTM, each (layers * directions, B, size); None means zero.
         layers: the weights of each layer, from :func:`split_weights`.
         dropout: probability with which outputs of every layer but the last are zeroed; 0 when not training.
+        recompute: whether the backward pass computes the gates once more, in place of keeping them.
 
     Returns:
         The last layer's output, and the final states in the form of ``states``.
     """
     autocast = _autocast_dtype(input.device)
     if autocast is None:
-        return _stack(cell, input, batch_sizes, states, layers, dropout)
+        return _stack(cell, input, batch_sizes, states, layers, dropout, recompute)
     projected = layers[0][4] is not None
     # Where torch.nn runs a fused kernel (padded LSTM), or ends a step in a matrix product, autocast's dtype wins.
     all_low = cell in ("rnn_tanh", "rnn_relu") or (cell == "lstm" and batch_sizes is None and not projected)
@@ -223,7 +227,9 @@ def stack(
     given = [_cast(input, dtype), *(_cast(state, dtype) for state in states or ())]
     layers = [[_cast(weight, dtype) for weight in weights] for weights in layers]
     with torch.autocast(input.device.type, enabled=False):
-        output, finals = _stack(cell, given[0], batch_sizes, tuple(given[1:]) or None, layers, dropout)
+        output, finals = _stack(
+            cell, given[0], batch_sizes, tuple(given[1:]) or None, layers, dropout, recompute
+        )
     if projected:
         output, finals = _cast(output, autocast), (_cast(finals[0], autocast), finals[1])
     return output, finals
@@ -236,10 +242,11 @@ def _stack(
     states: States | None,
     layers: Sequence[Sequence[Tensor | None]],
     dropout: float,
+    recompute: bool = False,
 ) -> tuple[Tensor, States]:
     h0, c0 = (*(states or ()), None, None)[:2]
     if len(layers) == 1:
-        output, hn, cn = layer(cell, input, batch_sizes, h0, c0, layers[0])
+        output, hn, cn = layer(cell, input, batch_sizes, h0, c0, layers[0], recompute)
         return output, (hn,) if cn is None else (hn, cn)
 
     directions = 1 if layers[0][reference.WEIGHTS_PER_DIRECTION] is None else 2
@@ -248,7 +255,7 @@ def _stack(
         first = k * directions
         h = None if h0 is None else h0.narrow(0, first, directions)
         c = None if c0 is None else c0.narrow(0, first, directions)
-        input, hn, cn = layer(cell, input, batch_sizes, h, c, weights)
+        input, hn, cn = layer(cell, input, batch_sizes, h, c, weights, recompute)
         last_h.append(hn)
         last_c.append(cn)
         if dropout > 0 and k < len(layers) - 1:

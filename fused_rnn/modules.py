@@ -23,6 +23,13 @@ class _Recurrent(nn.RNNBase):
 
     __prepare_scriptable__ = scripting.refuse
 
+    #: Whether the backward pass computes the gates once more in place of keeping them. May be set at any time. Of the
+    #: class, so that an instance without has the attributes of torch.nn's and no more, wherever it comes from.
+    recompute: bool = False
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take weights as they lie. Kept for code that calls it."""
 
@@ -119,7 +126,9 @@ class _Recurrent(nn.RNNBase):
             self.proj_size > 0,
         )
         dropout = self.dropout if self.training else 0.0
-        return functional.stack(self.mode.lower(), input, batch_sizes, states, layers, dropout)
+        return functional.stack(
+            self.mode.lower(), input, batch_sizes, states, layers, dropout, self.recompute
+        )
 
 
 class RNN(_Recurrent):
@@ -137,6 +146,10 @@ class RNN(_Recurrent):
         dropout: probability of zeroing outputs of every layer but the last, in training.
         bidirectional: adds a second direction; outputs are concatenated.
         device, dtype: of the parameters. float32, float64, float16 and bfloat16 have kernels.
+        recompute: training keeps input and output, but not the gates, and backward runs the layer forward once more: the
+            same gradients to the last bit, in less memory, for one more forward pass. For one layer at a time the
+            gates are there again in the backward pass. Also an attribute, to be set at any time. The transforms of
+            ``torch.func`` and ``torch.compile`` decide for themselves what they keep.
 
     Raises:
         TypeError, ValueError: as ``torch.nn.RNN`` does.
@@ -159,6 +172,8 @@ class RNN(_Recurrent):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **unsupported: Any,
     ) -> None:
         _refuse(unsupported)
@@ -177,6 +192,8 @@ class RNN(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        if recompute:
+            self.recompute = True
 
     def _bad_rank(self, dim: int) -> str:
         return f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead"
@@ -206,6 +223,8 @@ class GRU(_Recurrent):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **unsupported: Any,
     ) -> None:
         _refuse(unsupported)
@@ -221,6 +240,8 @@ class GRU(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        if recompute:
+            self.recompute = True
 
 
 class LSTM(_Recurrent):
@@ -250,6 +271,8 @@ class LSTM(_Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -264,6 +287,8 @@ class LSTM(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        if recompute:
+            self.recompute = True
 
     # A pair of states in the places where the base class has one; these methods are part of torch's interface.
 

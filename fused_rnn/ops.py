@@ -25,6 +25,8 @@ CUDA_KERNELS = bool(_C.cuda_archs())
 _ops = torch.ops.fused_rnn
 layer_forward = _ops.layer_forward.default
 layer_backward = _ops.layer_backward.default
+layer_gate_gradients = _ops.layer_gate_gradients.default
+layer_double_backward = _ops.layer_double_backward.default  # on the CPU
 cell_forward = _ops.cell_forward.default
 cell_backward = _ops.cell_backward.default
 
@@ -59,14 +61,15 @@ class CellTraits(NamedTuple):
 
     gates: int
     saved: int
+    gate_grads: int
     cell_state: bool = False  # whether there is a c beside h
 
 
 CELLS = {
-    "rnn_tanh": CellTraits(gates=1, saved=0),
-    "rnn_relu": CellTraits(gates=1, saved=0),
-    "gru": CellTraits(gates=3, saved=4),
-    "lstm": CellTraits(gates=4, saved=5, cell_state=True),
+    "rnn_tanh": CellTraits(gates=1, saved=0, gate_grads=1),
+    "rnn_relu": CellTraits(gates=1, saved=0, gate_grads=1),
+    "gru": CellTraits(gates=3, saved=4, gate_grads=4),
+    "lstm": CellTraits(gates=4, saved=5, gate_grads=4, cell_state=True),
 }
 
 #: dtypes that the kernels take.
@@ -130,6 +133,35 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
     ]
     sizes += [None if w is None else w.shape for w in weights]
     return tuple(output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
+
+
+@torch.library.register_fake("fused_rnn::layer_gate_gradients")
+def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved):  # fmt: skip
+    directions, rows, _ = saved.shape
+    traits = CELLS[cell]
+    hidden = w_hh.size(0) // traits.gates
+    states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
+    if batch_sizes is None:
+        batch = output.size(1)
+    else:
+        batch = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
+    sizes = [
+        (directions, rows, traits.gate_grads * hidden),
+        (directions, rows, w_hh.size(1)),
+        (directions, batch, w_hh.size(1)),
+        (directions, batch, hidden) if traits.cell_state else (0,),
+    ]
+    return tuple(output.new_empty(size) for size in sizes)
+
+
+@torch.library.register_fake("fused_rnn::layer_double_backward")
+def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, *tensors):
+    *tensors, _, _, needs = tensors
+    gradients, arguments = (grad_output, grad_hn, grad_cn), (input, *tensors[:12])
+    return tuple(
+        t.new_empty(t.shape) if needs >> k & 1 else None for k, t in enumerate((*gradients, *arguments))
+    )
 
 
 @torch.library.register_fake("fused_rnn::cell_forward")

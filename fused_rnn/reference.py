@@ -1,7 +1,7 @@
 """The operators' mathematics in plain PyTorch: any dtype, any device, differentiable to any order.
 
-It is the oracle of the tests, the path of everything that the kernels do not do (complex numbers, other devices,
-function transforms), and what double backward recomputes through. The formulas are those of the documentation of
+It is the oracle of the tests, and the path of everything that the kernels do not do: complex numbers, other devices,
+tangents, derivatives of rare kinds. The formulas are those of the documentation of
 ``torch.nn.RNN``, ``torch.nn.LSTM`` and ``torch.nn.GRU``; ``csrc/cells`` holds their fused twins.
 """
 
@@ -147,3 +147,95 @@ def cell_step(
     h = input.new_zeros(zeros) if h0 is None else h0
     c = input.new_zeros(zeros) if c0 is None and cell == "lstm" else c0
     return STEPS[cell](F.linear(input, w_ih, b_ih), h, c, w_hh, b_hh)
+
+
+# -------------------------------------------------------------------------------------------------- derivatives
+
+
+def pull_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    cotangents: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """Gradients of a function's arguments, by operations that can be looked into."""
+    chosen = [k for k, want in enumerate(wanted) if want and arguments[k] is not None]
+    result: list[Tensor | None] = [None] * len(arguments)
+    if not (chosen and cotangents):
+        return result
+
+    def of_chosen(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(arguments)
+        for k, value in zip(chosen, values, strict=True):
+            filled[k] = value
+        return function(*filled)
+
+    if torch._C._are_functorch_transforms_active():
+        _, pull = torch.func.vjp(of_chosen, *(arguments[k] for k in chosen))
+        found = pull(cotangents)
+    else:  # as above, at half the cost, and where hooks on saved tensors are at work
+        with torch.enable_grad():
+            # Aliases: were one tensor passed in two places (tied weights, h0 is c0), its gradient would count twice.
+            aliases = [arguments[k].view_as(arguments[k]) for k in chosen]
+            outputs = of_chosen(*aliases)
+        recorded = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        if not recorded:
+            return result
+        outputs, incoming = zip(*recorded, strict=True)
+        found = torch.autograd.grad(
+            outputs, aliases, incoming, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+    for k, gradient in zip(chosen, found, strict=True):
+        result[k] = gradient
+    return result
+
+
+_INPUT_IS_GONE = (
+    "fused_rnn: this derivative of a backward pass needs the layer's input, which was not kept, since neither it nor "
+    "weight_ih required grad. Let one of them require grad."
+)
+
+
+def gradients(
+    cell: str, batch_sizes: Tensor | None, asked: Sequence[bool]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of a layer as a function of those of output, hn and cn, and of its thirteen arguments; of the
+    arguments that are asked for."""
+
+    def compute(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        incoming, arguments = tensors[:3], tensors[3:]
+        if arguments[0] is None:
+            raise RuntimeError(_INPUT_IS_GONE)
+
+        def outputs(input: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+            results = layer(cell, input, batch_sizes, *others)
+            return tuple(r for r, g in zip(results, incoming, strict=True) if g is not None)
+
+        found = pull_back(outputs, arguments, asked, tuple(g for g in incoming if g is not None))
+        return _filled(found, arguments, asked)
+
+    return compute
+
+
+def second_order(
+    cell: str, batch_sizes: Tensor | None, asked: Sequence[bool]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The derivative of :func:`gradients` in a direction v, as a function of their 16 tensors and of 13 v (None: no
+    change); by those of the 16 that are asked for."""
+
+    def compute(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        first, v = tensors[:16], tensors[16:]
+        changing = gradients(cell, batch_sizes, [t is not None for t in v])
+        found = pull_back(changing, first, asked, tuple(t for t in v if t is not None))
+        return _filled(found, first, asked)
+
+    return compute
+
+
+def _filled(
+    found: Sequence[Tensor | None], like: Sequence[Tensor | None], asked: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What was asked for, zero where nothing was found."""
+    return tuple(
+        torch.zeros_like(t) if g is None else g for g, t, ask in zip(found, like, asked, strict=True) if ask
+    )

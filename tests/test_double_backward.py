@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 from parity import (
@@ -19,12 +21,17 @@ from parity import (
     named_outputs,
     pack,
     tensors_of,
+    upcast,
     weights_like,
 )
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_rnn import _C
 
 layers = pytest.mark.parametrize("kind", LAYERS, ids=str)
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+isas = pytest.mark.parametrize("isa", _C.isas())  # each has its own kernels
 
 ORDER_OPTIONS = [{}, {"num_layers": 2, "bidirectional": True}]
 
@@ -70,6 +77,108 @@ def test_gradgradcheck_of_packed(kind, device):
     assert gradgradcheck(lambda *a: function(*a, form=pack([2, 3])), inputs, fast_mode=True, nondet_tol=0.0)
 
 
+class Count(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@kinds
+def test_both_orders_are_kernels(kind):
+    """One call of an operator for each; and nothing that grows with the sequence."""
+    ours = make_twins(kind).ours
+
+    def calls(steps: int) -> collections.Counter[str]:
+        x, hx = leaves(ours, steps, 3)
+        ours.zero_grad()
+        with Count() as count:
+            loss = sum(out.pow(2).sum() for out in tensors_of(ours(x, hx)))
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            grad.pow(2).sum().backward()
+        return count.calls
+
+    few, many = calls(3), calls(5)
+    assert few == many
+    assert few["fused_rnn.layer_double_backward.default"] == 1
+    assert few["fused_rnn.layer_backward.default"] + few["fused_rnn.cell_backward.default"] == 2
+
+
+@layers
+@isas
+@pytest.mark.parametrize("lengths", [None, [9, 9, 7, 4, 4, 2, 1]], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "bias": False}], ids=["plain", "both ways"])
+def test_second_derivative_of_larger_layers(kind, lengths, options, isa):
+    """Units and rows that fill no vector and no tile, shared by two threads in each of the planner's ways: the
+    derivative of the backward pass in a direction, against torch.nn in float64."""
+    _C.set_isa(isa)
+    torch.set_num_threads(2)
+    for hidden, batch in ((19, 7), (70, 40)):
+        if lengths and batch != len(lengths):
+            continue
+        twins = make_twins(kind, 6, hidden, dtype=torch.float64, **options)
+        x, hx = leaves(twins.ours, 9, batch)
+        form = pack(lengths, enforce_sorted=True) if lengths else lambda x: x
+        arguments = [x, *tensors_of(hx), *twins.ours.parameters()]
+
+        def penalty(module, x, hx, arguments):
+            outputs = tensors_of(module(form(x), hx))  # noqa: B023
+            loss = sum((out * weights_like(out)).pow(2).sum() for out in outputs)
+            first = torch.autograd.grad(loss, arguments, create_graph=True)
+            return torch.autograd.grad(sum((g * weights_like(g)).sum() for g in first), arguments)
+
+        found = penalty(twins.ours, x, hx, arguments)
+        expected = penalty(twins.theirs, x, hx, [x, *tensors_of(hx), *twins.theirs.parameters()])
+        names = ["x", *(f"hx[{k}]" for k in range(len(tensors_of(hx)))), *dict(twins.ours.named_parameters())]
+        ours, theirs = dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True))
+        assert_law((ours, theirs, theirs), terms=4 * count_terms(twins.ours, x))
+
+
+@kinds
+@isas
+def test_second_derivative_in_float32(kind, isa):
+    """By the law of the first: no further from float64 than torch.nn's."""
+
+    def penalty(module, x, hx):
+        outputs = named_outputs(module, module(x, hx))
+        named = {"x": x, **dict(module.named_parameters())}
+        loss = sum((out * weights_like(out)).pow(2).sum() for out in outputs.values())
+        first = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+        second = torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), list(named.values()))
+        return dict(zip(named, second, strict=True))
+
+    _C.set_isa(isa)
+    runs = []
+    for seed in range(8):
+        twins = make_twins(kind, 6, 19, seed=seed)
+        x, hx = leaves(twins.ours, 6, 5)
+        runs.append(
+            (
+                penalty(twins.ours, x, hx),
+                penalty(twins.theirs, x, hx),
+                penalty(twins.exact, upcast(x), upcast(hx)),
+            )
+        )
+    assert_law(*runs)
+
+
+@kinds
+def test_second_derivative_of_a_batch_of_none(kind):
+    ours = make_twins(kind).ours
+    x, hx = leaves(ours, 4, 0)
+    loss = sum(out.pow(2).sum() for out in tensors_of(ours(x, hx)))
+    first = torch.autograd.grad(loss, list(ours.parameters()), create_graph=True)
+    second = torch.autograd.grad(
+        sum(g.pow(2).sum() for g in first), [x, *ours.parameters()], allow_unused=True
+    )
+    assert not any(g.any() for g in second if g is not None)
+
+
 @kinds
 @pytest.mark.parametrize("frozen", [None, "weight_ih", "weight_hh", "bias_hh"])
 @pytest.mark.parametrize("input_grad", [False, True], ids="x={}".format)
@@ -107,17 +216,25 @@ def test_gradient_penalty(kind, frozen, input_grad, device):
 
 @kinds
 def test_recorded_backward_without_the_input(kind):
-    """With the input and weight_ih both frozen, backward has no use for the input, and it is not kept. To
-    record the backward pass would need it: a clear error, and the first derivative works."""
-    ours = make_twins(kind).ours
+    """With the input and weight_ih both frozen, neither derivative has a use for the input, and it is not kept. A
+    third one goes where it is needed: a clear error."""
+    ours = make_twins(kind, dtype=torch.float64).ours
     x, hx = leaves(ours, 4, 3)
+    wanted = [weight for name, weight in ours.named_parameters() if "weight_ih" not in name]
+
+    def derivatives(x) -> list[torch.Tensor]:
+        loss = sum(out.pow(2).sum() for out in tensors_of(ours(x, hx)))
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        penalty = sum(grad.pow(2).sum() for grad in first)
+        return [*first, *torch.autograd.grad(penalty, wanted, create_graph=True)]
+
+    expected = derivatives(x)
     for name, weight in ours.named_parameters():
         weight.requires_grad_("weight_ih" not in name)
-    wanted = [weight for weight in ours.parameters() if weight.requires_grad]
-    loss = sum(out.pow(2).sum() for out in tensors_of(ours(x.detach(), hx)))
-    assert all(grad.any() for grad in torch.autograd.grad(loss, wanted, retain_graph=True))
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*needs the layer's input"):
-        torch.autograd.grad(loss, wanted, create_graph=True)
+    found = derivatives(x.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="needs the layer's input"):
+        torch.autograd.grad(found[-1].sum(), wanted)
 
 
 @pytest.mark.parametrize("kind", [GRU, LSTM, CELLS[2], CELLS[3]], ids=str)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mapped import DEEP, SAMPLES, assert_close, call, count, looped, loss, make, make_samples, weights_of
-from parity import CLASSES, GRU, KINDS, LAYERS
+from parity import CLASSES, GRU, KINDS, LAYERS, LSTM_PROJ
 from torch import Tensor, nn
 from torch.func import grad, jacrev, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
@@ -190,6 +190,15 @@ def test_gradients_of_each_sample_do_not_loop(kind):
     function = vmap(grad(lambda w, x: loss(module, w, x)), (None, 0))
     calls = [len(count(function, weights, x[:samples]).names) for samples in (2, SAMPLES)]
     assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not LSTM_PROJ], ids=str)
+def test_gradients_of_each_sample_are_one_call_of_the_kernels(kind):
+    """But with a projection: there in plain PyTorch, batched over the samples."""
+    module = make(kind)
+    weights, x = weights_of(module), make_samples(module)[0]
+    calls = count(vmap(grad(lambda w, x: loss(module, w, x)), (None, 0)), weights, x)
+    assert calls.of("fused_rnn.") == 2 and calls.of("fused_rnn.layer_gate_gradients") == 1
 
 
 @layers

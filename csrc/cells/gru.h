@@ -21,15 +21,27 @@ struct Gru {
 
   // See lstm.h for the contract that the cells share.
   template <class V>
-  static FRNN_HD V step(const V* x, const V* h, V h_prev, V&, V* saved) {
-    const V r = sigmoid(x[0] + h[0]);
-    const V z = sigmoid(x[1] + h[1]);
-    const V n = tanh_(x[2] + r * h[2]);
-    saved[0] = r;
-    saved[1] = z;
-    saved[2] = n;
+  static FRNN_HD V step(const V* x, const V* h, V h_prev, V& state, V* saved) {
+    saved[0] = sigmoid(x[0] + h[0]);
+    saved[1] = sigmoid(x[1] + h[1]);
+    saved[2] = tanh_(x[2] + saved[0] * h[2]);
     saved[3] = h[2];
+    return finish(saved, h_prev, state);
+  }
+
+  template <class V>
+  static FRNN_HD V finish(V* saved, V h_prev, V&) {
+    const V z = saved[1], n = saved[2];
     return n + z * (h_prev - n);
+  }
+
+  template <class V>
+  static FRNN_HD void gates_tangent(const V* saved, const V* x, const V* h, V* tangent) {
+    const V r = saved[0], q = saved[3];
+    tangent[0] = sigmoid_grad(r) * (x[0] + h[0]);
+    tangent[1] = sigmoid_grad(saved[1]) * (x[1] + h[1]);
+    tangent[2] = tanh_grad(saved[2]) * (x[2] + r * h[2] + tangent[0] * q);
+    tangent[3] = h[2];
   }
 
   template <class V>

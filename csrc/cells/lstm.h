@@ -14,6 +14,9 @@ inline namespace FRNN_ISA {
 //   kGateGrads  values a unit that step_grad() returns; the first kGates of them belong to the recurrent product
 //   step        x, h: the kGates pre-activations from the input and from the hidden state, biases included;
 //               h_prev: this unit's own h_{t-1}; state: the cell state, in place. Returns h_t.
+//   finish      the end of step, once the gates are in `saved`
+//   gates_tangent  x, h: changes of the pre-activations; `tangent`: those of the gates in `saved`. dual.h carries them
+//               on through finish and step_grad
 //   step_grad   dh: gradient of h_t; carry: what this unit's step t+1 left for step t, replaced by what step t
 //               leaves for t-1 (LSTM: the gradient of the cell state). Writes dgates.
 // Values that a cell does not need (kGradReadsOutput, kReadsPreviousHidden, ... false) are not loaded for it.
@@ -30,17 +33,27 @@ struct Lstm {
 
   template <class V>
   static FRNN_HD V step(const V* x, const V* h, V, V& state, V* saved) {
-    const V i = sigmoid(x[0] + h[0]);
-    const V f = sigmoid(x[1] + h[1]);
-    const V g = tanh_(x[2] + h[2]);
-    const V o = sigmoid(x[3] + h[3]);
+    saved[0] = sigmoid(x[0] + h[0]);
+    saved[1] = sigmoid(x[1] + h[1]);
+    saved[2] = tanh_(x[2] + h[2]);
+    saved[3] = sigmoid(x[3] + h[3]);
+    return finish(saved, V(0), state);
+  }
+
+  template <class V>
+  static FRNN_HD V finish(V* saved, V, V& state) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     state = f * state + i * g;
-    saved[0] = i;
-    saved[1] = f;
-    saved[2] = g;
-    saved[3] = o;
     saved[4] = state;
     return o * tanh_(state);
+  }
+
+  template <class V>
+  static FRNN_HD void gates_tangent(const V* saved, const V* x, const V* h, V* tangent) {
+    tangent[0] = sigmoid_grad(saved[0]) * (x[0] + h[0]);
+    tangent[1] = sigmoid_grad(saved[1]) * (x[1] + h[1]);
+    tangent[2] = tanh_grad(saved[2]) * (x[2] + h[2]);
+    tangent[3] = sigmoid_grad(saved[3]) * (x[3] + h[3]);
   }
 
   template <class V>

@@ -31,7 +31,7 @@ struct Relu {
 template <class Activation>
 struct Rnn {
   static constexpr int kGates = 1;
-  static constexpr int kSaved = 0;  // the output alone is enough for the backward pass
+  static constexpr int kSaved = 0;  // the output, which is its gate too, is enough for the backward pass
   static constexpr int kGateGrads = 1;
   static constexpr bool kHasCellState = false;
   static constexpr bool kHasCarry = false;
@@ -40,8 +40,19 @@ struct Rnn {
 
   // See lstm.h for the contract that the cells share.
   template <class V>
-  static FRNN_HD V step(const V* x, const V* h, V, V&, V*) {
-    return Activation::apply(x[0] + h[0]);
+  static FRNN_HD V step(const V* x, const V* h, V h_prev, V& state, V* saved) {
+    saved[0] = Activation::apply(x[0] + h[0]);
+    return finish(saved, h_prev, state);
+  }
+
+  template <class V>
+  static FRNN_HD V finish(V* saved, V, V&) {
+    return saved[0];
+  }
+
+  template <class V>
+  static FRNN_HD void gates_tangent(const V* saved, const V* x, const V* h, V* tangent) {
+    tangent[0] = Activation::grad(saved[0]) * (x[0] + h[0]);
   }
 
   template <class V>

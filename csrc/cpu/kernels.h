@@ -16,6 +16,10 @@ struct CpuKernels {
   void (*forward_double)(CellKind, const ForwardArgs<double>&);
   void (*backward_float)(CellKind, const BackwardArgs<float>&);
   void (*backward_double)(CellKind, const BackwardArgs<double>&);
+  void (*tangent_float)(CellKind, const TangentArgs<float>&);
+  void (*tangent_double)(CellKind, const TangentArgs<double>&);
+  void (*dual_backward_float)(CellKind, const DualBackwardArgs<float>&);
+  void (*dual_backward_double)(CellKind, const DualBackwardArgs<double>&);
   void (*sum_over_rows_float)(const SumOverRows<float>&);
   void (*sum_over_rows_double)(const SumOverRows<double>&);
   void (*multiply_float)(const RowsTimesMatrix<float>&);
@@ -27,6 +31,14 @@ struct CpuKernels {
   void forward(CellKind kind, const ForwardArgs<double>& args) const { forward_double(kind, args); }
   void backward(CellKind kind, const BackwardArgs<float>& args) const { backward_float(kind, args); }
   void backward(CellKind kind, const BackwardArgs<double>& args) const { backward_double(kind, args); }
+  void tangent(CellKind kind, const TangentArgs<float>& args) const { tangent_float(kind, args); }
+  void tangent(CellKind kind, const TangentArgs<double>& args) const { tangent_double(kind, args); }
+  void dual_backward(CellKind kind, const DualBackwardArgs<float>& args) const {
+    dual_backward_float(kind, args);
+  }
+  void dual_backward(CellKind kind, const DualBackwardArgs<double>& args) const {
+    dual_backward_double(kind, args);
+  }
   void sum_over_rows(const SumOverRows<float>& args) const { sum_over_rows_float(args); }
   void sum_over_rows(const SumOverRows<double>& args) const { sum_over_rows_double(args); }
   void multiply(const RowsTimesMatrix<float>& args) const { multiply_float(args); }

@@ -1,43 +1,15 @@
 // The backward operators: scan from the last step to the first, then the weights' gradients as matrix products over
 // all steps.
 #include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 
-#include <array>
-
-#include "scan.h"
+#include "gradients.h"
 
 namespace frnn {
 namespace {
-
-// Order of the gradients in the results and in the bits of `needs`.
-enum Gradient { kInput, kH0, kC0, kFirstWeight };
-enum WeightGradient { kWih, kWhh, kBih, kBhh, kWhr, kWeightCount };
-
-struct Wanted {
-  int64_t bits;
-  bool operator()(int gradient) const { return (bits >> gradient) & 1; }
-  bool weight(int64_t d, int which) const {
-    return (*this)(static_cast<int>(kFirstWeight + d * kWeightCount + which));
-  }
-};
-
-// The columns of dgates that belong to the input side, and the rows of weight_ih that they meet. They are the first
-// ones but for the last gate of the GRU, whose gradient differs on the two sides (csrc/cells/gru.h).
-struct InputSide {
-  int64_t row, column, count;
-};
-std::vector<InputSide> input_side(const CellTraits& cell, int64_t H) {
-  if (cell.gate_grads == cell.gates) return {{0, 0, cell.gates * H}};
-  return {{0, 0, (cell.gates - 1) * H}, {(cell.gates - 1) * H, (cell.gate_grads - 1) * H, H}};
-}
-
-// tensor.narrow, without its dispatch where it changes nothing: a cell's backward pass has a dozen of them.
-Tensor part(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
-  return count == tensor.size(dim) ? tensor : tensor.narrow(dim, first, count);
-}
 
 // [N, columns] for each direction, in one allocation; undefined without columns.
 std::vector<Tensor> by_direction(const Problem& p, int64_t columns) {
@@ -92,10 +64,71 @@ Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
   return result;
 }
 
-using Gradients = std::array<Tensor, kFirstWeight + 2 * kWeightCount>;
+BackwardTensors tensors_of(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
+                           const OptTensor& h0, const OptTensor& c0, const Tensor& output,
+                           const Tensor& saved) {
+  const Shape& s = p.shape;
+  BackwardTensors t{};
+  t.h0 = p.state(h0, s.Hr(), "h0");
+  t.c0 = p.state(c0, s.H, "c0");
+  t.output = p.operand(as_rows(p, output), {s.N, s.D * s.Hr()}, "output");
+  t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
+  t.grad_output = p.operand(as_rows(p, grad_output), {s.N, s.D * s.Hr()}, "grad_output");
+  t.grad_hn = p.state(grad_hn, s.Hr(), "grad_hn");
+  return t;
+}
 
-// Of a call without rows or units: every gradient is zero but those that pass straight through.
-Gradients gradients_of_nothing(const Problem& p, const BackwardTensors& t, const Wanted& wanted) {
+void scan(const Problem& p, BackwardTensors& t, const OptTensor& grad_cn) {
+  const Shape& s = p.shape;
+  const Tensor grad_cell = p.state(grad_cn, s.H, "grad_cn");
+  if (p.empty()) return;
+  t.dgates = by_direction(p, p.cell.gate_grads * s.H);
+  t.dproj = by_direction(p, s.P);
+  if (p.cell.carry) {
+    t.carry = p.allocate_state(s.H, p.accumulate);
+    if (p.cell.cell_state && grad_cell.defined())
+      t.carry.copy_(grad_cell);
+    else
+      t.carry.zero_();
+  }
+  p.backend.backward(p, t);
+}
+
+Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
+                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
+                   const Tensor& output, const Tensor& saved, int64_t needs) {
+  const Shape& s = p.shape;
+  const Wanted wanted{needs};
+  BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
+  t.x = p.operand(as_rows(p, input), {s.N, s.I}, "input");
+  t.wants_dh0 = wanted(kH0);
+  for (int64_t d = 0; d < s.D; ++d) {
+    t.wants_previous |= wanted.weight(d, kWhh);
+    TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
+  }
+  scan(p, t, grad_cn);
+
+  Gradients result;
+  if (p.empty()) {
+    result = gradients_of_nothing(p, wanted);
+  } else {
+    if (wanted(kInput)) result[kInput] = input_gradient(p, t);
+    result[kH0] = t.dh0;
+    if (wanted(kC0)) result[kC0] = t.carry;
+    for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
+  }
+  for (Tensor& gradient : result) p.to_dtype(gradient);
+  return result;
+}
+
+template <size_t... k>
+auto as_tuple(const Gradients& g, std::index_sequence<k...>) {
+  return std::make_tuple(g[k]...);
+}
+
+}  // namespace
+
+Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted) {
   const Shape& s = p.shape;
   Gradients result;
   const auto zero = [&](int which, at::IntArrayRef sizes) {
@@ -115,58 +148,6 @@ Gradients gradients_of_nothing(const Problem& p, const BackwardTensors& t, const
   return result;
 }
 
-Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
-                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
-                   const Tensor& output, const Tensor& saved, int64_t needs) {
-  const Shape& s = p.shape;
-  const Wanted wanted{needs};
-  const auto rows = [&](const OptTensor& t) {
-    return t.has_value() && t->dim() != 2 ? OptTensor(t->reshape({s.N, t->size(-1)})) : t;
-  };
-  BackwardTensors t{};
-  t.x = p.operand(rows(input), {s.N, s.I}, "input");
-  t.h0 = p.state(h0, s.Hr(), "h0");
-  t.c0 = p.state(c0, s.H, "c0");
-  t.output = p.operand(rows(output), {s.N, s.D * s.Hr()}, "output");
-  t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
-  t.grad_output = p.operand(rows(grad_output), {s.N, s.D * s.Hr()}, "grad_output");
-  t.grad_hn = p.state(grad_hn, s.Hr(), "grad_hn");
-  const Tensor grad_cell = p.state(grad_cn, s.H, "grad_cn");
-  for (int64_t d = 0; d < s.D; ++d)
-    TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
-
-  Gradients result;
-  if (p.empty()) {
-    result = gradients_of_nothing(p, t, wanted);
-  } else {
-    t.dgates = by_direction(p, p.cell.gate_grads * s.H);
-    t.dproj = by_direction(p, s.P);
-    if (p.cell.carry) {
-      t.carry = p.allocate_state(s.H, p.accumulate);
-      if (p.cell.cell_state && grad_cell.defined())
-        t.carry.copy_(grad_cell);
-      else
-        t.carry.zero_();
-    }
-    t.wants_dh0 = wanted(kH0);
-    for (int64_t d = 0; d < s.D; ++d) t.wants_previous |= wanted.weight(d, kWhh);
-    p.backend.backward(p, t);
-    if (wanted(kInput)) result[kInput] = input_gradient(p, t);
-    result[kH0] = t.dh0;
-    if (wanted(kC0)) result[kC0] = t.carry;
-    for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
-  }
-  for (Tensor& gradient : result) p.to_dtype(gradient);
-  return result;
-}
-
-template <size_t... k>
-auto as_tuple(const Gradients& g, std::index_sequence<k...>) {
-  return std::make_tuple(g[k]...);
-}
-
-}  // namespace
-
 Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
                          const OptTensor& grad_cn, const OptTensor& input, const OptTensor& batch_sizes,
                          const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
@@ -184,6 +165,29 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
   Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
+}
+
+Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
+                              const OptTensor& grad_cn, const OptTensor& batch_sizes, const OptTensor& h0,
+                              const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                              const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
+                              const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
+                              const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
+                              const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved) {
+  const PlainDispatch guard;
+  std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
+  if (w_ih_reverse.has_value())
+    weights.push_back(
+        direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false);
+  const Shape& s = p.shape;
+  BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
+  t.wants_dh0 = t.wants_previous = true;
+  scan(p, t, grad_cn);
+  if (p.empty())
+    return {p.allocate({s.D, s.N, p.cell.gate_grads * s.H}), p.allocate({s.D, s.N, s.Hr()}),
+            p.allocate_state(s.Hr()).zero_(), p.allocate_state(s.H).zero_()};
+  return {at::stack(t.dgates), at::stack(t.previous), t.dh0, p.cell.cell_state ? t.carry : p.allocate({0})};
 }
 
 Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const OptTensor& grad_c,

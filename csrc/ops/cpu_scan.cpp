@@ -49,19 +49,12 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
   kernels.forward(p.cell.kind, args);
 }
 
-// h_{t-1} of every row, [N, Hr], as one direction of the scan met it.
 template <class T>
-Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
-  const Shape& s = p.shape;
-  const int64_t Hr = s.Hr(), stride = s.D * Hr;
-  if (s.T == 1 && t.h0.defined()) return t.h0.view({s.D, s.B, Hr}).select(0, d);
-  Tensor result = p.allocate({s.N, Hr});
-  T* to = output_of<T>(result);
-  const T* output = input_of<T>(t.output) + d * Hr;
-  const T* h0 = t.h0.defined() ? input_of<T>(t.h0) + d * s.B * Hr : nullptr;
+void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0, bool reverse, T* to) {
+  const int64_t Hr = s.Hr();
   at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
     for (int64_t step = first; step < last; ++step) {
-      const int64_t before = d == 1 ? step + 1 : step - 1;
+      const int64_t before = reverse ? step + 1 : step - 1;
       const bool inside = before >= 0 && before < s.T;
       for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
         T* row = to + (s.offsets[step] + b) * Hr;
@@ -74,7 +67,6 @@ Tensor previous_hidden(const Problem& p, const BackwardTensors& t, int64_t d) {
       }
     }
   });
-  return result;
 }
 
 template <class T>
@@ -106,7 +98,8 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.dh0 = at_direction(t.dh0, d);
   }
   instruction_set().kernels->backward(p.cell.kind, args);
-  for (int64_t d = 0; d < s.D && t.wants_previous; ++d) t.previous.push_back(previous_hidden<T>(p, t, d));
+  for (int64_t d = 0; d < s.D && t.wants_previous; ++d)
+    t.previous.push_back(previous_hidden(p, t.output, t.h0, d));
 }
 
 // result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
@@ -154,6 +147,20 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 }
 
 }  // namespace
+
+Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d) {
+  const Shape& s = p.shape;
+  const int64_t Hr = s.Hr();
+  if (s.T == 1 && h0.defined()) return h0.view({s.D, s.B, Hr}).select(0, d);
+  Tensor result = p.allocate({s.N, Hr});
+  const auto copy = [&](auto type) {
+    using T = decltype(type);
+    const T* initial = h0.defined() ? input_of<T>(h0) + d * s.B * Hr : nullptr;
+    copy_previous<T>(s, input_of<T>(output) + d * Hr, s.D * Hr, initial, d == 1, output_of<T>(result));
+  };
+  p.compute == at::kFloat ? copy(float{}) : copy(double{});
+  return result;
+}
 
 const Backend kCpuBackend{
     /*widens=*/true,

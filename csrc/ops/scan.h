@@ -32,6 +32,10 @@ struct Backend {
 };
 extern const Backend kCpuBackend, kCudaBackend;
 
+// On the CPU: h_{t-1} of every row, [N, Hr], as direction d of a scan met it. output [N, D*Hr], h0 [D, B, Hr] or
+// undefined: zero.
+Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d);
+
 // That of the device where the tensor is (library.cpp).
 const Backend& backend_of(const Tensor& tensor);
 
