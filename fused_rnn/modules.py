@@ -146,8 +146,8 @@ class RNN(_Recurrent):
         dropout: probability of zeroing outputs of every layer but the last, in training.
         bidirectional: adds a second direction; outputs are concatenated.
         device, dtype: of the parameters. float32, float64, float16 and bfloat16 have kernels.
-        recompute: training keeps input and output, but not the gates, and backward runs the layer forward once more: the
-            same gradients to the last bit, in less memory, for one more forward pass. For one layer at a time the
+        recompute: training keeps input and output, but not the gates, and backward runs the layer forward once more:
+            the same gradients to the last bit, in less memory, for one more forward pass. For one layer at a time the
             gates are there again in the backward pass. Also an attribute, to be set at any time. The transforms of
             ``torch.func`` and ``torch.compile`` decide for themselves what they keep.
 

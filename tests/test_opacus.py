@@ -19,6 +19,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _switches_may_be_set():
+    """Opacus sets a switch of cuDNN's. torch's own test helpers, once imported by any other test, forbid that."""
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+
+
 @pytest.fixture
 def dp_sgd(monkeypatch: pytest.MonkeyPatch):
     """The example's module, imported as its own folder sees it."""

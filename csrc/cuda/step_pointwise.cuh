@@ -10,6 +10,8 @@ namespace frnn {
 
 // A block is `x` threads along the units by `y` along the rows.
 constexpr int kPointwiseThreads = 128;
+constexpr int kPointwiseBlocks =
+    4;  // a multiprocessor; left to itself ptxas spills a register or two to fit one more
 constexpr unsigned kMostGridRows = 65535;  // CUDA's bound on gridDim.y; beyond it a block takes several rows
 
 template <int N, class T>
@@ -83,7 +85,8 @@ __device__ __forceinline__ void finish_units(const StepForwardDirection<T>& p, i
 }
 
 template <class Cell, int N, class T>
-__global__ void __launch_bounds__(kPointwiseThreads) step_forward_kernel(const StepForward<T> args) {
+__global__ void __launch_bounds__(kPointwiseThreads, kPointwiseBlocks)
+    step_forward_kernel(const StepForward<T> args) {
   constexpr int G = Cell::kGates;
   using A = Accumulate<T>;
   const StepForwardDirection<T>& p = args.direction[blockIdx.z];
@@ -101,7 +104,8 @@ __global__ void __launch_bounds__(kPointwiseThreads) step_forward_kernel(const S
 }
 
 template <class Cell, int N, class T>
-__global__ void __launch_bounds__(kPointwiseThreads) step_backward_kernel(const StepBackward<T> args) {
+__global__ void __launch_bounds__(kPointwiseThreads, kPointwiseBlocks)
+    step_backward_kernel(const StepBackward<T> args) {
   using A = Accumulate<T>;
   const StepBackwardDirection<T>& p = args.direction[blockIdx.z];
   const int64_t H = args.H, u = N * (int64_t{blockIdx.x} * blockDim.x + threadIdx.x);

@@ -73,10 +73,10 @@ __global__ void matrices(const unsigned short* in, unsigned short* out, int tran
 __global__ void copies(const float4* in, float4* out, int rows, int mistake) {
   float4* kept = frnn::shared_memory<float4>();
   const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
-  frnn::copy_async_16(&kept[i], &in[i]);
+  frnn::copy_async<16>(&kept[i], &in[i]);
   frnn::copy_commit();
   for (int row = 0; row < rows; ++row) {
-    if (row + 1 < rows) frnn::copy_async_16(&kept[(row + 1) % 2 * n + i], &in[(row + 1) * n + i]);
+    if (row + 1 < rows) frnn::copy_async<16>(&kept[(row + 1) % 2 * n + i], &in[(row + 1) * n + i]);
     frnn::copy_commit();
     if (mistake == 0 || mistake == 2) frnn::copy_wait<1>();
     if (mistake != 2) __syncthreads();

@@ -39,6 +39,7 @@ std::vector<Store> in_flight;
 struct Copy {
   void* shared;
   const void* global;
+  unsigned bytes;
   const void* pc;
   uint32_t time;  // of the thread's copies
 };
@@ -244,18 +245,20 @@ void deliver_one() {
   complete_if_over(mbarrier);
 }
 
-void copy_async_16(void* shared, const void* global) {
+void copy_async(void* shared, const void* global, unsigned bytes) {
   const void* pc = __builtin_return_address(0);
   yield();
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    fail(cudaErrorMisalignedAddress, "misaligned: cp.async of " + std::to_string(bytes), pc);
   Fiber* fiber = launch_state.current;
   shared_address(shared);
-  check_access(global, 16, false, false, pc);
-  check_access(shared, 16, true, false, pc);
+  check_access(global, bytes, false, false, pc);
+  check_access(shared, bytes, true, false, pc);
   // Made when it is waited for. Until then the target belongs to the copy, of which nobody knows how far it is.
   Copies& own = copies_of(fiber);
-  own.groups.back().push_back({shared, global, pc, ++own.time});
+  own.groups.back().push_back({shared, global, bytes, pc, ++own.time});
   const Epoch epoch = agent_epoch(own.agent, own.time);
-  check_cells(arena_offset(shared), 16, true,
+  check_cells(arena_offset(shared), bytes, true,
               Actor{epoch, fiber->id, &fiber->known, launch_state.batch_base, true, pc});
 }
 
@@ -268,9 +271,9 @@ void copy_wait(unsigned groups_left) {
   for (; own.groups.size() > groups_left + 1; own.groups.pop_front()) {
     for (const Copy& copy : own.groups.front()) {
       fiber->known.set(own.agent, copy.time);
-      check_access(copy.global, 16, false, false, copy.pc);
-      check_access(copy.shared, 16, true, false, copy.pc);
-      memcpy(copy.shared, copy.global, 16);
+      check_access(copy.global, copy.bytes, false, false, copy.pc);
+      check_access(copy.shared, copy.bytes, true, false, copy.pc);
+      memcpy(copy.shared, copy.global, copy.bytes);
     }
   }
   progress();

@@ -15,7 +15,7 @@ void mma(Mma kind, float* acc, const uint32_t* a, const uint32_t* b);
 uint32_t to_tf32(float value);
 void load_matrices(uint32_t* registers, const void* row, bool transpose);
 
-void copy_async_16(void* shared, const void* global);
+void copy_async(void* shared, const void* global, unsigned bytes);
 void copy_commit();
 void copy_wait(unsigned groups_left);
 
