@@ -180,6 +180,30 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const vo
 #endif
 }
 
+// ---- The special-function unit --------------------------------------------------------------------------------------
+
+// 2^x within 2^-22 of it, or what a denormal is flushed to. ex2.approx.ftz.f32.
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef FRNN_EMULATION
+  return frnn_emulation::coarse(exp2f(x));
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
+// 1 / x within an ulp; 0 of infinities, and of numbers whose reciprocal is denormal. rcp.approx.ftz.f32.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifdef FRNN_EMULATION
+  return frnn_emulation::coarse(1.0f / x);
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
 // ---- Named barriers of a block --------------------------------------------------------------------------------------
 
 // `threads` threads of the block, a multiple of 32, meet at barrier `id` (0 is that of __syncthreads). bar.sync.
@@ -202,16 +226,27 @@ __device__ __forceinline__ void barrier_arrive(unsigned id, unsigned threads) {
 
 // ---- Copies from global to shared memory ----------------------------------------------------------------------------
 
-// 16 bytes, both addresses aligned to 16. It may be read by this thread after copy_wait, by others after a barrier that
-// follows. cp.async.cg.shared.global, sm_80; before that an ordinary copy.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+// 4, 8 or 16 bytes, both addresses aligned to as many. They may be read by this thread after copy_wait, by others after a
+// barrier that follows. cp.async.shared.global, sm_80; before that an ordinary copy.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
 #if defined(FRNN_EMULATION)
-  frnn_emulation::copy_async_16(shared, global);
+  frnn_emulation::copy_async(shared, global, kBytes);
 #elif FRNN_ARCH >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes)
+                 : "memory");
+  }
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  struct alignas(kBytes) Chunk {
+    uint32_t word[kBytes / 4];
+  };
+  *static_cast<Chunk*>(shared) = *static_cast<const Chunk*>(global);
 #endif
 }
 
