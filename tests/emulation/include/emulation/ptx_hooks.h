@@ -1,6 +1,8 @@
 // What csrc/cuda/ptx.cuh calls in the runtime, besides hooks.h.
 #pragma once
 
+#include <string.h>
+
 #include "hooks.h"
 
 namespace frnn_emulation {
@@ -14,6 +16,15 @@ enum class Mma : int { bf16, f16, f16_k8, tf32 };
 void mma(Mma kind, float* acc, const uint32_t* a, const uint32_t* b);
 uint32_t to_tf32(float value);
 void load_matrices(uint32_t* registers, const void* row, bool transpose);
+
+// A result as coarse as the special-function unit's may be: without its last bit.
+inline float coarse(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits &= ~1u;
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
 
 void copy_async(void* shared, const void* global, unsigned bytes);
 void copy_commit();
