@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(options)
     finally:
         if launched:
+            # gloo's threads let go of the last tensors a little after the wait for them returned, and need the
+            # interpreter for it: one that asks when the interpreter is ending aborts the process.
+            time.sleep(0.5)
             dist.destroy_process_group()
 
 
