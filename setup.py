@@ -41,6 +41,7 @@ from cuda_toolkit import (  # noqa: E402
     BuildError,
     Toolkit,
     choose_archs,
+    code_names,
     gpus_found,
     torch_compiles_cuda,
     wanted_toolkit,
@@ -94,9 +95,9 @@ def extension(
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"):
         nvcc.append(f"-U__CUDA_NO_{name}__")
     if cuda and toolkit:
-        names = [f"sm_{arch.name}" for arch in archs] + [f"compute_{arch.name}" for arch in archs if arch.ptx]
-        cxx += ["-DFRNN_WITH_CUDA", f'-DFRNN_CUDA_ARCHS="{";".join(names)}"']
-        nvcc += ["-DFRNN_WITH_CUDA"] + [flag for arch in archs for flag in arch.flags]
+        pairs = code_names(archs)
+        cxx += ["-DFRNN_WITH_CUDA", f'-DFRNN_CUDA_ARCHS="{";".join(code for _, code in pairs)}"']
+        nvcc += ["-DFRNN_WITH_CUDA"] + [f"-gencode=arch={virtual},code={code}" for virtual, code in pairs]
         link += [f"-L{toolkit.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         link += [
             "-Wl,--exclude-libs,libcudart_static.a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,12 +67,34 @@ def test_arch_list_refuses_old_gpus() -> None:
         tools.parse_arch_list("7.0;8.0")
 
 
-def test_arch_flags() -> None:
-    assert tools.Arch("90a").flags == ["-gencode=arch=compute_90a,code=sm_90a"]
-    assert tools.Arch("120", ptx=True).flags == [
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
+def test_code_names() -> None:
+    """Once to PTX for each generation, by the lowest of its architectures."""
+
+    def of(text: str) -> list[tuple[str, str]]:
+        return tools.code_names(tools.parse_arch_list(text))
+
+    assert of("9.0a") == [("compute_90a", "sm_90a")]
+    assert of("12.0+PTX") == [("compute_120", "sm_120"), ("compute_120", "compute_120")]
+    assert of("7.5;8.6;8.0;9.0") == [
+        ("compute_75", "sm_75"),
+        ("compute_80", "sm_80"),
+        ("compute_80", "sm_86"),
+        ("compute_90", "sm_90"),
     ]
+    assert of("9.0a;10.0;12.0+PTX") == [
+        ("compute_90a", "sm_90a"),
+        ("compute_100", "sm_100"),
+        ("compute_100", "sm_120"),
+        ("compute_100", "compute_100"),
+    ]
+
+
+def test_sources_tell_no_other_architectures_apart() -> None:
+    compared = set()
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        compared |= {int(n) for n in re.findall(r"_ARCH(?:__)?\s*[<>=]+\s*\(?(\d+)", path.read_text())}
+        assert path.name == "ptx.cuh" or "__CUDA_ARCH__" not in path.read_text(), path
+    assert compared and compared <= {10 * number for number in tools.GENERATIONS}
 
 
 @pytest.mark.parametrize(

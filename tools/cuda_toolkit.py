@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from torch.utils import cpp_extension
 
 # Turing to Blackwell. 90a and not 90: the `a` unlocks wgmma, and no other GPU would run code for plain 90.
 CUDA_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+
+# The architectures that csrc/cuda/*.cu tell apart, by __CUDA_ARCH__.
+GENERATIONS = (75, 80, 90)
 
 # The names torch accepts in TORCH_CUDA_ARCH_LIST, for the architectures our kernels support.
 NAMED_ARCHS = {
@@ -43,9 +46,22 @@ class Arch:
         return int(self.name.rstrip("af"))
 
     @property
-    def flags(self) -> list[str]:
-        codes = [f"sm_{self.name}"] + ([f"compute_{self.name}"] if self.ptx else [])
-        return [f"-gencode=arch=compute_{self.name},code={code}" for code in codes]
+    def generation(self) -> str:
+        """Of architectures that share one our sources see only the lowest that is built for, and are translated to PTX
+        once for all: most of nvcc's time. One with a suffix shares with none."""
+        return str(max(g for g in GENERATIONS if g <= self.number)) if self.name.isdigit() else self.name
+
+
+def code_names(archs: Sequence[Arch]) -> list[tuple[str, str]]:
+    """What to compile for these: pairs of a virtual architecture and of what is made of its PTX."""
+    lowest: dict[str, Arch] = {}
+    for arch in sorted(archs, key=lambda arch: arch.number):
+        lowest.setdefault(arch.generation, arch)
+    pairs = []
+    for arch in archs:
+        virtual = f"compute_{lowest[arch.generation].name}"
+        pairs += [(virtual, f"sm_{arch.name}")] + ([(virtual, virtual)] if arch.ptx else [])
+    return pairs
 
 
 @dataclass(frozen=True)
