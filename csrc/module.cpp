@@ -2,14 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
+#include "cuda/cost.h"
 #include "cuda/device.h"
-#include "cuda/dtypes.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -105,41 +106,100 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
   return result;
 }
 
-struct Dtype {
-  const char* name;
-  int accumulate_size;  // bytes of a number that sums are kept in
-};
-constexpr Dtype kDtypes[] = {{"fp32", 4}, {"tf32", 4}, {"fp64", 8}, {"fp16", 4}, {"bf16", 4}};
-
-// "sm_90", "sm_90a", "90" or "9.0"; empty: any.
-std::string arch_name(const std::string& text) {
+// "sm_90", "sm_90a", "90" or "9.0" as a number.
+int arch_number(const std::string& text) {
   std::string digits;
   for (const char c : text)
     if (c >= '0' && c <= '9') digits += c;
   if (digits.size() < 2 || digits.size() > 3 || std::stoi(digits) < 75)
     throw py::value_error("unknown architecture '" + text +
                           "': expected something like sm_90, and not below sm_75");
-  return "sm_" + digits;
+  return std::stoi(digits);
+}
+
+// A GPU of that architecture; without one, the first GPU of this machine, or else an H200.
+frnn::CudaGpu gpu_to_plan_for(const std::string& arch) {
+  if (!arch.empty()) return frnn::typical_gpu(arch_number(arch));
+#ifdef FRNN_WITH_CUDA
+  frnn::CudaDevice device;
+  if (frnn::cuda_device_count() > 0 && !frnn::cuda_device(0, &device)) return frnn::gpu_of(device);
+#endif
+  return frnn::typical_gpu(90);
+}
+
+std::string number(int64_t value, const char* unit) {
+  return std::to_string(value) + " " + unit + (value == 1 ? "" : "s");
+}
+
+std::string tile_text(const frnn::CudaProblem& p, const frnn::Tile& tile) {
+  return number(frnn::tile_replicas(tile, p.B) * p.D, "replica") + " of " +
+         number(frnn::tile_blocks(tile, p.H), "block") + ", each with " +
+         number(frnn::tile_units(tile.k_groups), "unit") + " of " + number(int64_t{8} * tile.columns, "row") +
+         ", sums in " + number(tile.k_groups, "part");
+}
+
+// Adds the plan of one pass, `prefix` before each of its names.
+void describe(py::dict& result, const std::string& prefix, const frnn::CudaProblem& p) {
+  const frnn::CudaPlan plan = frnn::plan_cuda(p);
+  const auto put = [&](const char* name, auto value) { result[py::str(prefix + name)] = value; };
+  put("strategy", frnn::strategy_name(plan.strategy));
+  const bool forward = p.pass == frnn::Pass::forward;
+  if (forward)
+    put("input", plan.fuse_input ? "multiplied in the step's kernel"
+                                 : "one product over " + number(plan.chunk_steps, "step"));
+  if (frnn::is_persistent(plan.strategy)) {
+    put("launches", forward ? (p.T + plan.chunk_steps - 1) / plan.chunk_steps : 1);
+    put("tile", tile_text(p, plan.tile));
+    put("shared_bytes",
+        frnn::tile_shared_bytes(p.pass, frnn::gates_of(p), frnn::bytes_of(p.dtype), plan.tile, p.H));
+  } else {
+    put("launches_per_step", plan.strategy == frnn::Strategy::step_fused ? 1 : 2);
+  }
+  put("modelled_step_ns", std::llround(plan.cost.step));
+  put("modelled_total_ns", std::llround(plan.cost.total(p.T)));
+  std::string why = plan.why;
+  if (plan.preferred != plan.strategy) {
+    const std::string preferred = frnn::strategy_name(plan.preferred);
+    put("preferred", preferred);
+    put("preferred_step_ns", std::llround(plan.preferred_cost.step));
+    why = "would choose " + preferred + " (not yet measured: " + frnn::strategy_name(plan.strategy) +
+          " is used); " + why;
+  } else if (plan.obstacle) {
+    why += std::string("; not persistent: ") + plan.obstacle;
+  }
+  put("floor_step_ns", std::llround(frnn::floor_of_step(p)));
+  put("why", why);
 }
 
 py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I,
-                   int64_t H, int64_t P, int64_t directions, bool training, const std::string& arch) {
+                   int64_t H, int64_t P, int64_t directions, bool training, const std::string& arch,
+                   bool packed, int multiprocessors) {
   const frnn::CellKind kind = by_name(frnn::kCellNames, cell, "cell").kind;
-  if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || directions < 1 || directions > 2)
+  if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || directions < 1 || directions > 2 || multiprocessors < 0)
     throw py::value_error("plan: expected positive sizes, and 1 or 2 directions");
-  const Dtype& number = by_name(kDtypes, dtype, "dtype");
-  const frnn::CudaPlan plan = frnn::plan_cuda(
-      {T, B, I, H, P, directions, frnn::with_cell(kind, [](auto c) { return decltype(c)::kGates; }),
-       number.accumulate_size});
-  const bool fused = plan.strategy == frnn::Strategy::step_fused;
+  frnn::CudaGpu gpu = gpu_to_plan_for(arch);
+  if (multiprocessors > 0) gpu.multiprocessors = multiprocessors;
+  frnn::CudaProblem p{kind,
+                      by_name(frnn::kCudaDtypeNames, dtype, "dtype").dtype,
+                      frnn::Pass::forward,
+                      training,
+                      packed,
+                      T,
+                      B,
+                      I,
+                      H,
+                      P,
+                      directions,
+                      gpu};
   py::dict result;
-  result["strategy"] = frnn::strategy_name(plan.strategy);
-  result["arch"] = arch.empty() ? "any" : arch_name(arch);
+  result["arch"] =
+      "sm_" + std::to_string(gpu.arch) + " with " + number(gpu.multiprocessors, "multiprocessor");
   result["pass"] = training ? "forward, saving for the backward pass" : "forward";
-  result["input"] = plan.fuse_input ? "multiplied in the step's kernel"
-                                    : "one product over " + std::to_string(plan.chunk_steps) + " steps";
-  result["launches_per_step"] = fused ? 1 : 2;
-  result["why"] = plan.why;
+  describe(result, "", p);
+  if (training) {
+    p.pass = frnn::Pass::backward;
+    describe(result, "backward_", p);
+  }
   return result;
 }
 
@@ -172,7 +232,8 @@ PYBIND11_MODULE(_C, m) {
         "How a layer would be spread over the CPU. `training` asks for the backward scan's plan.");
   m.def("plan", &cuda_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("directions") = 1, py::arg("training") = false,
-        py::arg("arch") = "", "Which CUDA kernels would run a layer. Needs no GPU.");
+        py::arg("arch") = "", py::arg("packed") = false, py::arg("multiprocessors") = 0,
+        "Which CUDA kernels would run a layer. Needs no GPU. `training` adds the backward pass's.");
   m.def("force_plan", &force_plan, py::arg("strategy"), "See fused_rnn.force_plan.");
   m.def("forced_plan", &forced_plan, "The strategy that force_plan asked for, or None.");
 }

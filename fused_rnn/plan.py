@@ -15,8 +15,17 @@ def force_plan(strategy: str) -> Iterator[None]:
     """Makes layers on CUDA tensors use one strategy wherever it can run, for tests and benchmarks.
 
     Args:
-        strategy: ``"step"`` (a matrix product and a pointwise kernel each time step) or ``"step_fused"`` (one kernel
-            each time step, which multiplies as well; not with a projection).
+        strategy: one of
+
+            - ``"step"``: a matrix product and a pointwise kernel each time step
+            - ``"step_fused"``: one kernel each time step, which multiplies as well; not with a projection
+            - ``"block"``, ``"cluster"``, ``"grid"``: one kernel for all time steps, which keeps the recurrent weights
+              on the chip in one block, in the blocks of a cluster (sm_90), or in blocks all over the GPU. For layers in
+              float16, bfloat16 and float32 with TF32, without a projection, up to the hidden size that fits
+            - ``"persistent"``: whichever of these three is expected to be the fastest
+
+            A pass that a strategy cannot run takes the one that it would take otherwise.
+            ``fused-rnn-bench explain --device cuda`` says which one that is, and why.
 
     Raises:
         ValueError: there is no such strategy.

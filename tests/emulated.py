@@ -24,14 +24,16 @@ HERE = Path(__file__).resolve().parent / "emulation"
 def load() -> SimpleNamespace:
     """Compiles (once) and loads; `operators` by name, and `runtime`, the C functions of runtime/exported.h."""
     csrc = build.CSRC
-    host = [csrc / "ops" / name for name in ("problem.cpp", "forward.cpp", "backward.cpp", "cuda/scan.cpp")]
-    host += [csrc / "cuda" / "plan.cpp", HERE / "gpu.cpp", HERE / "operators.cpp"]
+    cuda = csrc / "ops" / "cuda"
+    host = [csrc / "ops" / name for name in ("problem.cpp", "forward.cpp", "backward.cpp")]
+    host += [path for path in sorted(cuda.glob("*.cpp")) if path.name != "gpu.cpp"]  # it has one of its own
+    host += [*sorted((csrc / "cuda").glob("*.cpp")), HERE / "gpu.cpp", HERE / "operators.cpp"]
     flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     flags += [word for path in cpp_extension.include_paths(device_type="cpu") for word in ("-isystem", path)]
     folder = cpp_extension.library_paths(device_type="cpu")[0]
     path = build.library(
         "operators",
-        device=sorted((csrc / "cuda").glob("step_*.cu")),
+        device=sorted((csrc / "cuda").glob("*.cu")),
         host=host,
         host_flags=flags,
         link=[f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10"],
@@ -42,6 +44,10 @@ def load() -> SimpleNamespace:
     runtime.frnn_emulation_set_seed.argtypes = [ctypes.c_uint64]
     runtime.frnn_emulation_set_yield_probability.argtypes = [ctypes.c_double]
     runtime.frnn_emulation_guard_tensors.argtypes = [ctypes.c_bool]
+    runtime.frnn_emulation_schedule.restype = ctypes.c_uint64
+    runtime.frnn_emulation_force_strategy.argtypes = [ctypes.c_char_p]
+    runtime.frnn_emulation_force_strategy.restype = ctypes.c_bool
+    runtime.frnn_emulation_plan_for.argtypes = [ctypes.c_int, ctypes.c_int64]
     registered = torch.ops.fused_rnn_emulated
     operators = {name: getattr(registered, name).default for name in (*OPERATORS, "layer_with_reset")}
     return SimpleNamespace(operators=SimpleNamespace(**operators), runtime=runtime)
@@ -58,6 +64,17 @@ def guarded_tensors() -> Iterator[None]:
         runtime.frnn_emulation_guard_tensors(False)
 
 
+@contextlib.contextmanager
+def forced(strategy: str) -> Iterator[None]:
+    """`fused_rnn.force_plan` for the emulated operators, which have a planner of their own."""
+    force = load().runtime.frnn_emulation_force_strategy
+    assert force(strategy.encode()), strategy
+    try:
+        yield
+    finally:
+        force(None)
+
+
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Copies the operands to where kernels may read: a test's may be older than its `guarded_tensors`."""
 
@@ -65,6 +82,18 @@ def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
         return operator(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
 
     return call
+
+
+@contextlib.contextmanager
+def unfair_schedules() -> Iterator[None]:
+    """Threads give way at one access in fifty, from one seed on."""
+    runtime = load().runtime
+    runtime.frnn_emulation_set_seed(1)
+    runtime.frnn_emulation_set_yield_probability(0.02)
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_set_yield_probability(0.0)
 
 
 @contextlib.contextmanager

@@ -4,42 +4,27 @@ parity tests (``cuda-emulated`` in their names)."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 
 import emulated
 import pytest
 import torch
+from emulated import forced
 from test_ops import CELLS, gradients_by_reference, make_layer, wanted_bits
 from torch import Tensor
 
 import fused_rnn
 from fused_rnn import _C, ops, reference
 
-STRATEGIES = ("step_fused", "step")  # in the order of kStrategyNames in csrc/cuda/plan.h
+STRATEGIES = ("step_fused", "step")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-@contextlib.contextmanager
-def forced(strategy: str) -> Iterator[None]:
-    runtime = emulated.load().runtime
-    runtime.frnn_emulation_force_strategy(STRATEGIES.index(strategy))
-    try:
-        yield
-    finally:
-        runtime.frnn_emulation_force_strategy(-1)
 
 
 @pytest.fixture(autouse=True)
 def emulation() -> Iterator[None]:
-    """Every test starts from one seed; threads give way at one access in fifty."""
-    runtime = emulated.load().runtime
-    runtime.frnn_emulation_set_seed(1)
-    runtime.frnn_emulation_set_yield_probability(0.02)
-    with emulated.in_place_of_the_cpu():
+    with emulated.unfair_schedules(), emulated.in_place_of_the_cpu():
         yield
-    runtime.frnn_emulation_set_yield_probability(0.0)
 
 
 def agree(cell: str, arguments: list[Tensor | None], dtype: torch.dtype, terms: int) -> None:
@@ -220,7 +205,6 @@ def test_no_schedule_changes_a_bit(cell: str, strategy: str) -> None:
     runtime = emulated.load().runtime
     arguments = make_layer(cell, 3, 5, 6, 10, directions=2, packed=True, dtype=torch.float32)
     results, schedules = [], set()
-    runtime.frnn_emulation_schedule.restype = emulated.ctypes.c_uint64
     for seed in range(4):
         runtime.frnn_emulation_set_seed(seed)
         with forced(strategy):

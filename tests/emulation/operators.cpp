@@ -72,9 +72,15 @@ EXPORTED void frnn_emulation_guard_tensors(bool on) {
   c10::SetCPUAllocator(on ? &frnn::guarded : frnn::usual, /*priority=*/1);
 }
 
-// As fused_rnn.force_plan, for the plans of this library: a strategy by its place in kStrategyNames, or -1 for none.
-EXPORTED void frnn_emulation_force_strategy(int index) {
-  frnn::force_strategy(index < 0 ? nullptr : &frnn::kStrategyNames[index].strategy);
+// As fused_rnn.force_plan, for the plans of this library. Null: no strategy; false: there is none of this name.
+EXPORTED bool frnn_emulation_force_strategy(const char* name) {
+  if (!name) frnn::force_strategy(nullptr);
+  for (const frnn::StrategyName& known : frnn::kStrategyNames)
+    if (name && name == std::string(known.name)) {
+      frnn::force_strategy(&known.strategy);
+      return true;
+    }
+  return !name;
 }
 
 TORCH_LIBRARY(fused_rnn_emulated, m) {

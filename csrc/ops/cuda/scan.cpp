@@ -1,19 +1,20 @@
-// The GPU's part of the operators, strategy "step" (csrc/cuda/step.h): the loop over time. Inside the loop nothing is
-// allocated and nothing waits: all of it can be captured in a CUDA graph.
-#include <ATen/ops/add.h>
+// The GPU's part of the operators: which scan runs a pass, and the sums over the rows of all steps.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/masked_fill.h>
-#include <ATen/ops/stack.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <type_traits>
 
-#include "../../cuda/plan.h"
-#include "../../cuda/step.h"
-#include "../scan.h"
-#include "gpu.h"
+#include "precision.h"
+#include "scans.h"
 
 namespace frnn {
+
+void check(const char* error, const char* kernel, const Problem& p) {
+  TORCH_CHECK(!error, "fused_rnn: ", kernel, " (", p.compute, ", T ", p.shape.T, ", B ", p.shape.B, ", I ",
+              p.shape.I, ", H ", p.shape.H, ", D ", p.shape.D, ") on ", p.device, ": ", error);
+}
+
 namespace {
 
 // Stored numbers, as csrc/cuda names them: calls f with a value of the type.
@@ -32,270 +33,55 @@ void with_dtype(at::ScalarType dtype, F&& f) {
 }
 
 template <class T>
-const T* input_at(const Tensor& tensor, int64_t offset = 0) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) + offset : nullptr;
-}
-template <class T>
-T* output_at(const Tensor& tensor, int64_t offset = 0) {
-  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) + offset : nullptr;
-}
+constexpr bool kHasPersistent = !std::is_same_v<T, double>;
 
-void check(const char* error, const char* kernel, const Problem& p) {
-  TORCH_CHECK(!error, "fused_rnn: ", kernel, " (", p.compute, ", T ", p.shape.T, ", B ", p.shape.B, ", I ",
-              p.shape.I, ", H ", p.shape.H, ", D ", p.shape.D, ") on ", p.device, ": ", error);
-}
-
-// Where direction d of a scan stands. Scans go forward in `order` 0 .. T-1; d = 1 meets the steps from last to first.
-struct Place {
-  int64_t t, rows, first;  // step, its rows, and where they begin among the N
-};
-Place place(const Shape& s, int64_t d, int64_t order) {
-  const int64_t t = d == 0 ? order : s.T - 1 - order;
-  return {t, s.batch_sizes[t], s.offsets[t]};
-}
-
-// The state of direction d as its scan found it at place `now`, `before` being the place one earlier in its order.
-template <class T>
-Previous<T> previous_state(const T* rows, int64_t stride, const Place* before, const T* initial) {
-  return before ? Previous<T>{rows + before->first * stride, stride, before->rows, initial}
-                : Previous<T>{nullptr, 0, 0, initial};
-}
-
-// result[d] = a[d] b[d] for the first rows(d) rows of every direction: one call where all have as many.
-void products(const Tensor& result, const Tensor* a, const Tensor& b, int64_t D) {
-  if (D == 1 || a[0].size(0) != a[1].size(0)) {
-    for (int64_t d = 0; d < D; ++d)
-      if (a[d].size(0) > 0) product(result.select(0, d).narrow(0, 0, a[d].size(0)), a[d], b.select(0, d));
-    return;
+CudaDtype dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return recurrent_tf32() ? CudaDtype::tf32 : CudaDtype::fp32;
+    case at::kDouble:
+      return CudaDtype::fp64;
+    case at::kHalf:
+      return CudaDtype::fp16;
+    default:
+      return CudaDtype::bf16;
   }
-  // Both lie in one allocation or are equally spaced in one: a batch of two, apart by the distance of their first rows.
-  const int64_t apart = a[1].storage_offset() - a[0].storage_offset();
-  const Tensor both = a[0].as_strided({D, a[0].size(0), a[0].size(1)}, {apart, a[0].stride(0), 1});
-  product(result.narrow(1, 0, a[0].size(0)), both, b);
 }
-
-// The weights of all directions, [D, rows, columns].
-Tensor stacked(const Problem& p, Tensor DirectionWeights::* which) {
-  if (p.D() == 1) return (p.weights[0].*which).unsqueeze(0);
-  return at::stack({p.weights[0].*which, p.weights[1].*which});
-}
-
-// ----------------------------------------------------------------------------------------------------- forward
-
-// gates_x = x w_ih^T of `chunk_steps` steps at a time, in the order in which each direction meets them.
-class InputGates {
- public:
-  InputGates(const Problem& p, const Tensor& x, int64_t chunk_steps) : p_(p), x_(x), chunk_(chunk_steps) {
-    const Shape& s = p.shape;
-    for (int64_t d = 0; d < s.D && chunk_ > 0; ++d) {
-      rows_[d] = p.allocate({std::min(s.N, chunk_ * s.B), p.cell.gates * s.H}, p.accumulate);
-      transposed_[d] = p.weights[d].w_ih.t();
-    }
-  }
-
-  // To be called for every `order` in turn, before the kernel that reads at().
-  void advance(int64_t order) {
-    if (chunk_ == 0 || order % chunk_ != 0) return;
-    const Shape& s = p_.shape;
-    const int64_t last = std::min(order + chunk_, s.T) - 1;
-    for (int64_t d = 0; d < s.D; ++d) {
-      const int64_t early = d == 0 ? order : s.T - 1 - last, late = d == 0 ? last : s.T - 1 - order;
-      first_[d] = s.offsets[early];
-      const int64_t count = s.offsets[late + 1] - first_[d];
-      if (count > 0) product(rows_[d].narrow(0, 0, count), x_.narrow(0, first_[d], count), transposed_[d]);
-    }
-  }
-
-  template <class A>
-  const A* at(int64_t d, int64_t first) const {
-    return input_at<A>(rows_[d], (first - first_[d]) * p_.cell.gates * p_.shape.H);
-  }
-
- private:
-  const Problem& p_;
-  const Tensor& x_;
-  int64_t chunk_;
-  Tensor rows_[2], transposed_[2];
-  int64_t first_[2] = {0, 0};
-};
 
 template <class T>
-void forward(const Problem& p, bool save, ForwardTensors& t, void* stream) {
-  using A = Accumulate<T>;
+CudaPlan plan(const Problem& p, Pass pass, bool training) {
   const Shape& s = p.shape;
-  const int64_t GH = p.cell.gates * s.H, Hr = s.Hr(), stride = s.D * Hr;
-  const CudaPlan plan = plan_cuda({s.T, s.B, s.I, s.H, s.P, s.D, p.cell.gates, static_cast<int>(sizeof(A))});
-  const bool fused = plan.strategy == Strategy::step_fused;
-
-  InputGates gates_x(p, t.x, plan.chunk_steps);
-  // The cell state between steps is as wide as sums are, and cn may not be.
-  const bool wide = p.cell.cell_state && p.compute != p.accumulate;
-  const Tensor c = !p.cell.cell_state ? Tensor()
-                   : !wide            ? t.cn
-                   : s.T > 1          ? p.allocate_state(s.H, p.accumulate)
-                                      : Tensor();
-  // The state that the product of a step reads: h0, then hn, which every step updates. A single step has no hn to keep.
-  const bool zero_start = !t.h0.defined();
-  Tensor state = t.hn, gates_h, hidden, w_hh, w_hr;
-  if (!state.defined()) {
-    if (!zero_start) state = t.h0.view({s.D, s.B, Hr});
-  } else if (!fused) {
-    zero_start ? state.zero_() : state.copy_(t.h0);
-  }
-  if (!fused && !(zero_start && s.T == 1)) {
-    gates_h = p.allocate({s.D, s.B, GH}, p.accumulate);
-    w_hh = stacked(p, &DirectionWeights::w_hh).transpose(1, 2);
-  }
-  if (s.P > 0) {
-    hidden = p.allocate({s.D, s.B, s.H});
-    w_hr = stacked(p, &DirectionWeights::w_hr).transpose(1, 2);
-  }
-
-  StepForward<T> args{};
-  args.I = s.I, args.H = s.H, args.D = s.D;
-  Place before[2];
-  for (int64_t order = 0; order < s.T; ++order) {
-    gates_x.advance(order);
-    Tensor operands[2];
-    const bool multiply = !fused && !(zero_start && order == 0);
-    for (int64_t d = 0; d < s.D; ++d) {
-      const Place now = place(s, d, order);
-      const DirectionWeights& w = p.weights[d];
-      StepForwardDirection<T>& to = args.direction[d];
-      to.rows = now.rows;
-      if (plan.fuse_input) {
-        to.x = input_at<T>(t.x, now.first * s.I);
-        to.w_ih = input_at<T>(w.w_ih);
-      } else {
-        to.gates_x = gates_x.at<A>(d, now.first);
-      }
-      if (multiply) {
-        operands[d] = state.select(0, d).narrow(0, 0, now.rows);
-        to.gates_h = input_at<A>(gates_h, d * s.B * GH);
-      }
-      to.w_hh = input_at<T>(w.w_hh);
-      to.b_ih = input_at<T>(w.b_ih);
-      to.b_hh = input_at<T>(w.b_hh);
-      to.reset = input_at<bool>(t.reset, now.first);
-      to.c0 = input_at<T>(t.c0, d * s.B * s.H);
-      to.c = output_at<A>(c, d * s.B * s.H);
-      if (wide) to.cn = output_at<T>(t.cn, d * s.B * s.H);
-      T* output = output_at<T>(t.output, d * Hr);
-      to.h = previous_state<T>(output, stride, order > 0 ? &before[d] : nullptr,
-                               input_at<T>(t.h0, d * s.B * Hr));
-      if (save) to.saved = output_at<T>(t.saved, (d * s.N + now.first) * p.cell.saved * s.H);
-      if (s.P > 0) {
-        to.output = output_at<T>(hidden, d * s.B * s.H);
-        to.output_stride = s.H;
-      } else {
-        to.output = output + now.first * stride;
-        to.output_stride = stride;
-        to.hn = output_at<T>(t.hn, d * s.B * Hr);
-      }
-      before[d] = now;
-    }
-    if (multiply) products(gates_h, operands, w_hh, s.D);
-    check(fused ? step_fused(p.cell.kind, args, stream) : step_forward(p.cell.kind, args, stream),
-          fused ? "step_fused" : "step_forward", p);
-    if (s.P > 0) {
-      for (int64_t d = 0; d < s.D; ++d) operands[d] = hidden.select(0, d).narrow(0, 0, before[d].rows);
-      products(t.hn, operands, w_hr, s.D);
-      for (int64_t d = 0; d < s.D; ++d)
-        t.output.narrow(0, before[d].first, before[d].rows)
-            .narrow(1, d * Hr, Hr)
-            .copy_(t.hn.select(0, d).narrow(0, 0, before[d].rows));
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- backward
-
-Tensor reset_rows(const BackwardTensors& t, const Place& now) {
-  return t.reset.narrow(0, now.first, now.rows).unsqueeze(1);
-}
-
-// h_{t-1} of the rows of one step where the state is projected; otherwise the kernel writes them.
-void copy_previous(const Problem& p, const BackwardTensors& t, int64_t d, const Place& now,
-                   const Place* before) {
-  const int64_t Hr = p.shape.Hr(), kept = before ? std::min(now.rows, before->rows) : 0;
-  Tensor to = t.previous[d].narrow(0, now.first, now.rows);
-  if (kept > 0) to.narrow(0, 0, kept).copy_(t.output.narrow(0, before->first, kept).narrow(1, d * Hr, Hr));
-  Tensor rest = to.narrow(0, kept, now.rows - kept);
-  t.h0.defined() ? rest.copy_(t.h0.select(0, d).narrow(0, kept, now.rows - kept)) : rest.zero_();
-  if (t.reset.defined()) to.masked_fill_(reset_rows(t, now), 0);
+  const bool packed = s.N != s.T * s.B;
+  const CudaProblem problem{p.cell.kind, dtype_of(p.compute), pass, training, packed, s.T, s.B, s.I, s.H, s.P,
+                            s.D,         gpu_of(p.device)};
+  if (p.is_cell) return plan_steps(problem);
+  const CudaPlan planned = plan_cuda(problem);
+  if constexpr (kHasPersistent<T>)
+    if (is_persistent(planned.strategy) && !can_run<T>(p, pass, planned)) return plan_steps(problem);
+  return planned;
 }
 
 template <class T>
-void backward(const Problem& p, BackwardTensors& t, void* stream) {
-  using A = Accumulate<T>;
-  const Shape& s = p.shape;
-  const int64_t Hr = s.Hr(), stride = s.D * Hr, saved_row = p.cell.saved * s.H,
-                grads_row = p.cell.gate_grads * s.H;
-  // The gradient that reaches a step from the one after it: that of h_n at first, of h_0 at last.
-  Tensor dh = p.allocate({s.D, s.B, Hr}, p.accumulate), dhidden;
-  t.grad_hn.defined() ? dh.copy_(t.grad_hn) : dh.zero_();
-  if (s.P > 0) dhidden = p.allocate({s.D, s.B, s.H}, p.accumulate);
-  const Tensor w_hh = stacked(p, &DirectionWeights::w_hh);
-  const Tensor w_hr = s.P > 0 ? stacked(p, &DirectionWeights::w_hr) : Tensor();
-  for (int64_t d = 0; d < s.D && t.wants_previous; ++d) t.previous.push_back(p.allocate({s.N, Hr}));
-
-  StepBackward<T> args{};
-  args.I = s.I, args.H = s.H, args.D = s.D;
-  for (int64_t order = s.T - 1; order >= 0; --order) {
-    Tensor operands[2];
-    for (int64_t d = 0; d < s.D; ++d) {
-      const Place now = place(s, d, order);
-      const Place earlier = order > 0 ? place(s, d, order - 1) : Place{};
-      const Place* before = order > 0 ? &earlier : nullptr;
-      StepBackwardDirection<T>& to = args.direction[d];
-      to.rows = now.rows;
-      to.saved = input_at<T>(t.saved, (d * s.N + now.first) * saved_row);
-      to.reset = input_at<bool>(t.reset, now.first);
-      if (p.cell.cell_state)
-        to.c = previous_state<T>(input_at<T>(t.saved, d * s.N * saved_row + Lstm::kSavedCell * s.H),
-                                 saved_row, before, input_at<T>(t.c0, d * s.B * s.H));
-      to.carry = output_at<A>(t.carry, d * s.B * s.H);
-      to.dgates = output_at<T>(t.dgates[d], now.first * grads_row);
-      if (s.P == 0) {
-        const T* output = input_at<T>(t.output, d * Hr);
-        to.output = output + now.first * stride;
-        to.output_stride = stride;
-        to.h = previous_state<T>(output, stride, before, input_at<T>(t.h0, d * s.B * Hr));
-        to.grad_output = input_at<T>(t.grad_output, d * Hr + now.first * stride);
-        to.grad_output_stride = stride;
-        to.dh = input_at<A>(dh, d * s.B * Hr);
-        if (t.wants_previous) to.previous = output_at<T>(t.previous[d], now.first * Hr);
-      } else {
-        operands[d] = t.dproj[d].narrow(0, now.first, now.rows);
-        const Tensor from_after = dh.select(0, d).narrow(0, 0, now.rows);
-        if (t.grad_output.defined())
-          at::add_out(operands[d], from_after,
-                      t.grad_output.narrow(0, now.first, now.rows).narrow(1, d * Hr, Hr));
-        else
-          operands[d].copy_(from_after);
-        to.dh = input_at<A>(dhidden, d * s.B * s.H);
-        if (t.wants_previous) copy_previous(p, t, d, now, before);
-      }
-    }
-    if (s.P > 0) products(dhidden, operands, w_hr, s.D);
-    check(step_backward(p.cell.kind, args, stream), "step_backward", p);
-    if (order == 0 && !t.wants_dh0) break;
-    for (int64_t d = 0; d < s.D; ++d) {
-      const Place now = place(s, d, order);
-      operands[d] = t.dgates[d].narrow(0, now.first, now.rows).narrow(1, 0, p.cell.gates * s.H);
-    }
-    products(dh, operands, w_hh, s.D);
-    for (int64_t d = 0; d < s.D && t.reset.defined(); ++d)  // nothing flows back through a reset
-      dh.select(0, d).narrow(0, 0, operands[d].size(0)).masked_fill_(reset_rows(t, place(s, d, order)), 0);
-  }
-  if (!t.wants_dh0) return;
-  if (p.cell.carry && !p.cell.cell_state) dh.add_(t.carry);  // what reached h_0 past the product
-  t.dh0 = p.is_cell ? dh.select(0, 0) : dh;
+void forward(const Problem& p, bool save, ForwardTensors& t) {
+  const CudaPlan planned = plan<T>(p, Pass::forward, save);
+  void* stream = current_stream(p.device);
+  if constexpr (kHasPersistent<T>)
+    if (is_persistent(planned.strategy)) return persistent_forward_scan<T>(p, planned, save, t, stream);
+  step_forward_scan<T>(p, planned, save, t, stream);
 }
 
-// Torch's own gradients of weights are sums of one product a step; a single running sum over the rows of all steps would
-// be less accurate, and over a small matrix it would keep few multiprocessors busy. So the rows are summed in parts side
-// by side, at least so many each, and the parts take at most so much memory.
+template <class T>
+void backward(const Problem& p, BackwardTensors& t) {
+  const CudaPlan planned = plan<T>(p, Pass::backward, true);
+  void* stream = current_stream(p.device);
+  if constexpr (kHasPersistent<T>)
+    if (is_persistent(planned.strategy)) return persistent_backward_scan<T>(p, planned, t, stream);
+  step_backward_scan<T>(p, t, stream);
+}
+
+// Torch's own gradients of weights are sums of one product a step; a single running sum over the rows of all steps
+// would be less accurate, and over a small matrix it would keep few multiprocessors busy. So the rows are summed in
+// parts side by side, at least so many each, and the parts take at most so much memory.
 constexpr int64_t kPartRows = 32;
 constexpr int64_t kPartsBytes = 32 << 20;
 
@@ -304,7 +90,7 @@ void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, i
   const bool wide = result.scalar_type() == at::kFloat || result.scalar_type() == at::kDouble;
   const auto options = result.options().dtype(wide ? result.scalar_type() : at::kFloat);
   const int64_t parts =
-      std::min(rows / kPartRows, kPartsBytes / (numbers * int64_t{options.dtype().itemsize()}));
+      std::min(rows / kPartRows, kPartsBytes / (numbers * static_cast<int64_t>(options.dtype().itemsize())));
   if (parts <= 1) {
     if (wide) return product(result, a.t(), b);
     // In float32, and rounded once: cuBLAS may otherwise add up what it has rounded already.
@@ -337,12 +123,11 @@ const Backend kCudaBackend{
     /*widens=*/false,
     [](const Problem& p, bool save, ForwardTensors& t) {
       const c10::DeviceGuard device(p.device);
-      with_dtype(p.compute,
-                 [&](auto number) { forward<decltype(number)>(p, save, t, current_stream(p.device)); });
+      with_dtype(p.compute, [&](auto number) { forward<decltype(number)>(p, save, t); });
     },
     [](const Problem& p, BackwardTensors& t) {
       const c10::DeviceGuard device(p.device);
-      with_dtype(p.compute, [&](auto number) { backward<decltype(number)>(p, t, current_stream(p.device)); });
+      with_dtype(p.compute, [&](auto number) { backward<decltype(number)>(p, t); });
     },
     &product_over_rows,
     &add_product,

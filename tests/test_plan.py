@@ -1,0 +1,268 @@
+"""The choice of CUDA kernels, on any machine: `_C.plan` is a pure function of a problem and a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from fused_rnn_bench.case import Case
+from fused_rnn_bench.cli import main
+from fused_rnn_bench.explain import strategies
+
+import fused_rnn
+from fused_rnn import _C
+
+CELLS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+DTYPES = ("fp32", "tf32", "fp64", "fp16", "bf16")
+PERSISTENT = ("block", "cluster", "grid")
+# The most that a block may ask for, by CUDA's tables of compute capabilities.
+SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+PASSES = ("", "backward_")
+
+
+def plan(strategy: str | None = None, **changes: Any) -> dict[str, Any]:
+    problem = {"cell": "lstm", "dtype": "bf16", "T": 100, "B": 16, "I": 64, "H": 256}
+    problem |= {"arch": "sm_90", "training": True, **changes}
+    if strategy is None:
+        return _C.plan(**problem)
+    with fused_rnn.force_plan(strategy):
+        return _C.plan(**problem)
+
+
+def tile(text: str) -> tuple[int, ...]:
+    """Replicas, blocks of each, units and rows of a block, parts of a sum."""
+    found = re.fullmatch(
+        r"(\d+) replicas? of (\d+) blocks?, each with (\d+) units? of (\d+) rows?, sums in (\d+) parts?", text
+    )
+    assert found, text
+    return tuple(map(int, found.groups()))
+
+
+def many() -> list[dict[str, Any]]:
+    shapes = [(1, 1, 1, 1), (50, 1, 3, 7), (300, 16, 64, 65), (1000, 65, 512, 512), (20, 300, 100, 1024)]
+    shapes += [(5, 70000, 64, 128), (10**6, 1, 1, 2000), (2, 4, 8192, 8192)]
+    return [
+        {"cell": cell, "dtype": dtype, "arch": arch, "directions": directions}
+        | dict(zip("TBIH", shape, strict=True))
+        for cell, dtype, arch, directions, shape in itertools.product(
+            CELLS, DTYPES, SHARED_KB, (1, 2), shapes
+        )
+    ]
+
+
+@pytest.mark.parametrize("asked", [None, "persistent", *PERSISTENT])
+def test_every_problem_has_a_plan_that_its_gpu_can_run(asked: str | None) -> None:
+    seen = set()
+    for problem in many():
+        found = plan(asked, **problem)
+        B, H, arch, directions = (problem[name] for name in ("B", "H", "arch", "directions"))
+        multiprocessors = int(found["arch"].split()[2])
+        for prefix in PASSES:
+            strategy = found[prefix + "strategy"]
+            seen.add(strategy)
+            assert found[prefix + "why"]
+            step, floor = found[prefix + "modelled_step_ns"], found[prefix + "floor_step_ns"]
+            assert 0 < floor <= step, problem
+            assert found[prefix + "modelled_total_ns"] >= (step - 1) * problem["T"]
+            if strategy not in PERSISTENT:
+                assert strategy == "step" or (strategy == "step_fused" and prefix == "")
+                assert prefix + "tile" not in found
+                continue
+            assert asked in ("persistent", strategy)
+            assert problem["dtype"] in ("tf32", "fp16", "bf16") and arch != "sm_75"
+            replicas, blocks, units, rows, parts = tile(found[prefix + "tile"])
+            assert blocks * units >= H > (blocks - 1) * units
+            assert replicas % directions == 0
+            assert replicas // directions * rows >= B > (replicas // directions - 1) * rows
+            # 256 bytes of every sum are a warp's share, kept in its registers
+            assert parts * (64 if problem["dtype"] == "tf32" else 128) >= H
+            assert (units, rows % 8) == (128 // parts, 0)
+            assert 0 < found[prefix + "shared_bytes"] <= SHARED_KB[arch] * 1024
+            assert (strategy == "block") == (blocks == parts == 1)
+            if strategy != "block":  # fewer kernels to compile: persistent.h
+                assert parts in (
+                    (2, 4) if strategy == "cluster" else (8,) if int(arch[3:]) >= 90 else (2, 4, 8)
+                )
+            if strategy == "cluster":
+                assert blocks <= (16 if arch in ("sm_90", "sm_100") else 8) and int(arch[3:]) >= 90
+            if strategy == "grid":
+                assert replicas * blocks <= multiprocessors
+    steps = {"step", "step_fused"}
+    assert seen == steps | ({asked} if asked in PERSISTENT else set(PERSISTENT) if asked else set())
+
+
+def test_what_has_not_been_measured_is_used_only_where_asked_for() -> None:
+    """kUnmeasured in csrc/cuda/plan.cpp; after the first measurements this test follows it."""
+    found = plan()
+    assert found["preferred"] == "cluster" and found["backward_preferred"] in PERSISTENT
+    assert found["strategy"] == found["backward_strategy"] == "step"
+    assert found["why"].startswith("would choose cluster (not yet measured: step is used)")
+    assert found["preferred_step_ns"] < found["modelled_step_ns"]
+    few = plan(B=1)
+    assert few["why"].startswith("would choose cluster (not yet measured: step_fused is used)")
+    asked = plan("persistent")
+    assert asked["strategy"] == "cluster" and asked["backward_strategy"] == found["backward_preferred"]
+    assert asked["why"] == asked["backward_why"] == "asked for"
+    assert "preferred" not in asked and asked["modelled_step_ns"] == found["preferred_step_ns"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "arch", "reach"),
+    [
+        ("block", "bf16", "sm_80", 128),
+        ("block", "fp16", "sm_90", 128),
+        ("block", "tf32", "sm_90", 64),
+        ("cluster", "bf16", "sm_80", 0),
+        ("cluster", "bf16", "sm_90", 512),
+        ("cluster", "tf32", "sm_100", 256),
+        ("cluster", "fp16", "sm_120", 256),
+        ("grid", "fp16", "sm_80", 1024),
+        ("grid", "bf16", "sm_90", 1024),
+        ("grid", "tf32", "sm_100", 512),
+    ],
+)
+def test_reach(strategy: str, dtype: str, arch: str, reach: int) -> None:
+    """The hidden size up to which registers hold the weights."""
+    for prefix, H in itertools.product(PASSES, (1, reach, reach + 1)):
+        found = plan(strategy, H=max(H, 1), B=1, dtype=dtype, arch=arch)[prefix + "strategy"]
+        assert (found == strategy) == (1 <= H <= reach)
+
+
+@pytest.mark.parametrize(
+    ("problem", "obstacle"),
+    [
+        ({"dtype": "fp32"}, "tensor cores"),
+        ({"dtype": "fp64"}, "tensor cores"),
+        ({"P": 64}, "projection"),
+        ({"dtype": "fp16", "arch": "sm_75"}, "sm_80"),
+        ({"H": 1025}, "cannot hold the weights"),
+        ({"H": 1000, "B": 500}, "cannot hold the weights and the rows"),
+        ({"H": 1000, "B": 2, "multiprocessors": 62}, "cannot hold the weights and the rows"),
+        ({"T": 1}, "too few steps"),
+    ],
+)
+def test_what_keeps_persistent_kernels_away(problem: dict, obstacle: str) -> None:
+    found = plan(**problem)
+    for prefix in PASSES:
+        assert found[prefix + "strategy"].startswith("step") and prefix + "preferred" not in found
+        assert obstacle in found[prefix + "why"].partition("; not persistent: ")[2]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("B", "H"), [(8, 1024), (16, 600), (40, 300)])
+def test_a_grid_is_never_larger_than_what_runs_at_once(B: int, H: int, directions: int) -> None:
+    """The bound is tight: one multiprocessor fewer, and another plan is needed."""
+    problem = {"B": B, "H": H, "directions": directions}
+    for prefix in PASSES:
+        found = plan("grid", multiprocessors=10**4, **problem)
+        replicas, blocks, *_ = tile(found[prefix + "tile"])
+        fewer = plan("grid", multiprocessors=replicas * blocks - 1, **problem)
+        assert (
+            plan("grid", multiprocessors=replicas * blocks, **problem)[prefix + "tile"]
+            == found[prefix + "tile"]
+        )
+        assert fewer.get(prefix + "tile") != found[prefix + "tile"]
+        assert plan("grid", multiprocessors=1, **problem)[prefix + "strategy"].startswith("step")
+
+
+def test_the_cheapest_of_the_persistent_strategies() -> None:
+    for B, H, dtype in itertools.product((1, 20, 200), (60, 250, 500), ("bf16", "tf32")):
+        costs = {}
+        for strategy in PERSISTENT:
+            found = plan(strategy, B=B, H=H, dtype=dtype)
+            if found["strategy"] == strategy:
+                costs[strategy] = found["modelled_total_ns"]
+        best = plan("persistent", B=B, H=H, dtype=dtype)
+        if costs:
+            assert best["modelled_total_ns"] == min(costs.values()) == costs[best["strategy"]]
+        else:
+            assert best["strategy"] == "step"
+
+
+def totals(name: str, values: tuple, strategy: str | None = "persistent", **problem: Any) -> list[list[int]]:
+    """What the passes cost, for each value of `name`; passes that the strategy cannot run are left out."""
+    found = [plan(strategy, **problem, **{name: value}) for value in values]
+    chosen = PERSISTENT if strategy == "persistent" else (strategy,)
+    return [
+        [p[prefix + "modelled_total_ns"] for p in found if p[prefix + "strategy"] in chosen]
+        for prefix in PASSES
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["persistent", "step"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_more_work_never_costs_less(cell: str, strategy: str) -> None:
+    for name, values in {
+        "T": (1, 2, 10, 1000, 10**5),
+        "B": (*range(1, 40), 64, 100, 128, 256, 1000),
+        "H": (*range(1, 140), *range(140, 1024, 13), 1024),
+        "directions": (1, 2),
+        "packed": (False, True),
+    }.items():
+        for costs in totals(name, values, strategy, cell=cell):
+            assert costs == sorted(costs) and len(costs) > 1, name
+
+
+def test_more_multiprocessors_never_cost_more() -> None:
+    for B, H in ((16, 128), (300, 128), (16, 256), (100, 256), (16, 800)):
+        for costs in totals("multiprocessors", (50, 64, 100, 132, 200, 500), B=B, H=H):
+            assert costs == sorted(costs, reverse=True)
+
+
+def test_short_sequences_are_not_worth_loading_the_weights() -> None:
+    """And there is one length from which on they are."""
+    assert plan("step", T=1)["modelled_total_ns"] < plan("cluster", T=1)["modelled_total_ns"]
+    for prefix in PASSES:
+        preferred = [plan(T=T).get(prefix + "preferred") for T in range(1, 60)]
+        first = preferred.count(None)
+        assert 0 < first < 30
+        assert preferred[:first] == [None] * first
+    assert "too few steps to pay for loading the weights" in plan(T=1)["why"]
+
+
+def test_the_floor_is_the_formula_s() -> None:
+    """max(products, weights from shared memory) + exchange + 80 ns, worked out by hand: on one block, where the
+    exchange is a barrier of 20 ns; on the 16 blocks of a cluster; and on all 132 multiprocessors."""
+    assert plan(B=1, H=64)["floor_step_ns"] == round(2 * 4 * 64 * 64 * 8 / 4340 + 20 + 80)
+    cluster = 2 * 4 * 512 * 512 * 8 / (16 * 4340) + 170 + 512 * 2 / 29 + 80
+    assert plan(B=1, H=512)["floor_step_ns"] == round(cluster)
+    grid = 2 * 4 * 1024**2 * 8 / (132 * 4340) + 500 + 132 * 1024 * 2 / 6900 + 80
+    assert plan(B=1, H=1024)["floor_step_ns"] == round(grid)
+
+
+def test_the_input_of_a_persistent_kernel_comes_in_chunks() -> None:
+    found = plan("persistent", T=10**5, B=64, H=512)
+    steps = int(found["input"].split()[3])
+    assert found["launches"] == -(-(10**5) // steps) > 1 and found["backward_launches"] == 1
+    assert steps * 64 * 4 * 512 * 4 <= 141 * 2**20 < (steps + 1) * 64 * 4 * 512 * 4
+    assert plan("persistent", T=50)["launches"] == 1
+
+
+def test_explain_shows_both_passes_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["explain", "--cell", "gru", "--shape", "200,16,64,256", "--device", "cuda", "--arch", "sm_90"]
+    options += ["--dtype", "bf16"]
+    assert main([*options, "--mode", "train"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    expected = plan(cell="gru", T=200)
+    for name in (
+        "strategy",
+        "modelled_step_ns",
+        "floor_step_ns",
+        "backward_strategy",
+        "backward_floor_step_ns",
+    ):
+        assert f"{name} {expected[name]}" in shown
+    assert shown.count("would choose cluster (not yet measured: step is used)") == 2
+    assert main([*options, "--mode", "infer"]) == 0
+    assert "backward" not in capsys.readouterr().out
+
+
+def test_a_result_file_says_which_kernels_ran() -> None:
+    case = {"cell": "gru", "dtype": "bf16", "T": 200, "B": 16, "I": 64, "H": 256}
+    both = {"strategy": "step", "backward_strategy": "step"}
+    assert strategies(Case(mode="train", device="cuda", **case)) == both
+    assert strategies(Case(mode="infer", device="cuda", **case)) == {"strategy": "step"}
+    assert strategies(Case(mode="infer", device="cpu", **case)) == {}
+    assert strategies(Case(mode="infer", device="cuda", **{**case, "cell": "gru_cell"})) == {}
