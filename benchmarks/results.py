@@ -225,4 +225,6 @@ def _entry_from_json(data: Any, where: str) -> Entry:
     if entry.memory is not None:
         _get(entry.memory, "kind", str, f"the memory of {where}")
         _get(entry.memory, "bytes", int, f"the memory of {where}")
+        if "peak_bytes" in entry.memory:  # older files have none
+            _get(entry.memory, "peak_bytes", int, f"the memory of {where}")
     return entry

@@ -36,6 +36,12 @@ def case_table(results: Results) -> Table:
     columns = ["cell", "mode", "dtype", "T x B x H", "ms", "us a step", "TFLOP/s", "ceiling"]
     columns += [f"x {peer}" for peer in peers]
     columns += ["MB", "MB torch"] if with_memory else []
+    with_peak = any(
+        "peak_bytes" in (entry.memory or ())
+        for record in results.records
+        for entry in record.entries.values()
+    )
+    columns += ["peak MB", "peak MB torch"] if with_peak else []
     with_notes = any(record.case.note for record in results.records)
     columns += ["note"] if with_notes else []
     rows, bad = [], set()
@@ -44,7 +50,9 @@ def case_table(results: Results) -> Table:
             bad.add(index)
         row = _case_row(record, results, peers)
         if with_memory:
-            row += [_megabytes(record.entries.get(name)) for name in (OURS, "torch")]
+            row += [_megabytes(record.entries.get(name), "bytes") for name in (OURS, "torch")]
+        if with_peak:
+            row += [_megabytes(record.entries.get(name), "peak_bytes") for name in (OURS, "torch")]
         if with_notes:
             row.append(record.case.note)
         rows.append(row)
@@ -85,8 +93,9 @@ def _part_of_ceiling(results: Results, record: Record, seconds: float) -> str:
     return f"{results.ceiling.seconds(record.case) / seconds:.0%}"
 
 
-def _megabytes(entry: Entry | None) -> str:
-    return number(entry.memory["bytes"] / 1e6) if entry is not None and entry.memory else "-"
+def _megabytes(entry: Entry | None, which: str) -> str:
+    count = entry.memory.get(which) if entry is not None and entry.memory else None
+    return "-" if count is None else number(count / 1e6)
 
 
 def mean_table(results: Results) -> Table:

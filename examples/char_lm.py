@@ -18,7 +18,7 @@ from types import ModuleType
 
 import char_lm_report as report
 import torch
-from char_lm_parts import CharModel, Contender, Text, generate, interleaved, layers_alone, read_text
+from char_lm_parts import CharModel, Contender, Text, generate, interleaved, layers_alone, positive, read_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -121,19 +121,6 @@ def measure(contenders: Sequence[Contender], options: argparse.Namespace, consol
         f"{options.cell} both ways": layers,
         "a character written": {name: [s / written for s in seconds] for name, seconds in writing.items()},
     }
-
-
-def positive(kind: type) -> type:
-    """An argparse type for numbers above zero."""
-
-    def parse(word: str):
-        number = kind(word)
-        if not number > 0:
-            raise argparse.ArgumentTypeError(f"{word} is not above zero")
-        return number
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse puts it in its message
-    return parse
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

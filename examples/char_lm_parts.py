@@ -1,7 +1,9 @@
-"""The parts of the demo char_lm.py: the text, the model, one contender that trains it, and fair timing."""
+"""The parts of the demo char_lm.py: the text, the model, one contender that trains it, fair timing, and a type of its
+arguments."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -139,3 +141,16 @@ def layers_alone(model: CharModel, rows: int, steps: int) -> Callable[[], None]:
         layers.zero_grad()
 
     return run
+
+
+def positive(kind: type) -> type:
+    """An argparse type for numbers above zero."""
+
+    def parse(word: str):
+        number = kind(word)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"{word} is not above zero")
+        return number
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse puts it in its message
+    return parse

@@ -16,6 +16,7 @@ import argparse
 import warnings
 
 import torch
+from char_lm_parts import positive
 from opacus import PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -95,7 +96,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layer", choices=["RNN", "LSTM", "GRU"], default="LSTM")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=positive(int), default=5)
     parser.add_argument("--noise", type=float, default=0.8, help="standard deviation, in units of --clip")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of one sample's gradient")
     options = parser.parse_args()

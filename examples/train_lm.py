@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from char_lm_parts import CharModel, Contender, State, Text, read_text
+from char_lm_parts import CharModel, Contender, State, Text, positive, read_text
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,16 +108,21 @@ def train(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a character model, with checkpoints.")
+    count = positive(int)
     parser.add_argument("--cell", choices=("LSTM", "GRU", "RNN"), default="LSTM", type=str.upper)
-    parser.add_argument("--hidden", type=int, default=256, help="units a layer (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=400, help="in all, not from here (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="texts side by side (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=64, help="characters a step (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=5e-3, help="Adam's (default: %(default)s)")
+    parser.add_argument("--hidden", type=count, default=256, help="units a layer (default: %(default)s)")
+    parser.add_argument("--layers", type=count, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=count, default=400, help="in all, not from here (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=count, default=32, help="texts side by side (default: %(default)s)")
+    parser.add_argument("--length", type=count, default=64, help="characters a step (default: %(default)s)")
+    parser.add_argument("--rate", type=positive(float), default=5e-3, help="Adam's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="a file to learn instead of Python's language reference")
-    parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=count, default=50, help="steps to a checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/lm"), help="folder of the checkpoint")
     return parser.parse_args(arguments)
 

@@ -49,6 +49,23 @@ class _Recurrent(nn.RNNBase):
     def _bad_rank(self, dim: int) -> str:
         return f"{type(self).__name__}: Expected input to be 2D or 3D, got {dim}D instead"
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Part of torch's interface. torch's own compares with ``_flat_weights``, which in a graph are the weights of
+        the last call outside of one; here it is the weights that the call will use."""
+        weight = self._weights()[0]
+        if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        expected_dim = 3 if batch_sizes is None else 2
+        if input.dim() != expected_dim:
+            raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
     def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         if states is None:
             self.check_input(input, batch_sizes)

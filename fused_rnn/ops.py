@@ -209,6 +209,13 @@ def _products_backward(
     return flops
 
 
+def _first_rows(output: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | None]) -> int:
+    if batch_sizes is None:
+        return output.size(1)
+    # Without states 0: batch_sizes[0] is data, which the tensors of a graph do not have.
+    return next((state.size(1) for state in states if state is not None), 0)
+
+
 @register_flop_formula(_ops.layer_forward, get_raw=True)
 def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse,
       b_hh_reverse, w_hr_reverse, save, out_val=None) -> int:  # fmt: skip
@@ -219,17 +226,47 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
 @register_flop_formula(_ops.layer_backward, get_raw=True)
 def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
       w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, out_val=None) -> int:  # fmt: skip
-    rows = output.shape[:-1].numel()
-    states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
-    first_rows = 0  # of a packed input without states: batch_sizes[0] is data, which the tensors of a graph do not have
-    if batch_sizes is None:
-        first_rows = output.size(1)
-    elif states:
-        first_rows = states[0].size(1)
+    rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, (h0, c0, grad_hn, grad_cn))
     flops = _products_backward(rows, first_rows, w_ih, w_hh, w_hr, needs, needs >> 3)
     if w_ih_reverse is not None:
         reverse = (w_ih_reverse, w_hh_reverse, w_hr_reverse)
         flops += _products_backward(rows, first_rows, *reverse, needs, needs >> 8)
+    return flops
+
+
+@register_flop_formula(_ops.layer_gate_gradients, get_raw=True)
+def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, out_val=None) -> int:  # fmt: skip
+    return _products_forward(output.shape[:-1].numel(), (w_hh, w_hr, w_hh_reverse, w_hr_reverse))
+
+
+@register_flop_formula(_ops.layer_double_backward, get_raw=True)
+def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, *tensors, out_val=None) -> int:
+    *tensors, output, _, needs = tensors
+    weights, (v_input, v_h0, v_c0, *changes) = tensors[:10], tensors[10:]
+    states = (h0, c0, grad_hn, grad_cn, v_h0, v_c0)
+    rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, states)
+    of_arguments = needs >> 3
+
+    def rows_of_products(k: int) -> tuple[int, int, int]:
+        """That meet w_ih, w_hh and w_hr, these first in ``weights[k:]``, or their changes."""
+        v_ih, v_hh, *_, v_hr = (v is not None for v in changes[k : k + 5])
+        d_input, d_h0, _, *wanted = (bool(of_arguments >> bit & 1) for bit in (0, 1, 2, 3 + k, 4 + k, 7 + k))
+        d_ih, d_hh, d_hr = wanted
+        changed_input = v_input is not None
+        # the outputs' changes
+        ih, hr = rows * (changed_input + v_ih), rows * (1 + v_hr)
+        hh = rows * (1 + v_hh) - (0 if v_h0 is not None else first_rows)
+        if of_arguments:  # the backward pass with its changes, then the weights' products
+            ih += rows * (d_input * (1 + v_ih) + d_ih * (1 + changed_input))
+            hh += (rows if d_h0 else rows - first_rows) * (2 + v_hh) + rows * 2 * d_hh
+            hr += rows * (2 + v_hr + 2 * d_hr)
+        return ih, hh, hr
+
+    flops = 0
+    for k in range(0, 10 if weights[5] is not None else 5, 5):
+        by_weight = zip((weights[k], weights[k + 1], weights[k + 4]), rows_of_products(k), strict=True)
+        flops += sum(2 * count * weight.numel() for weight, count in by_weight if weight is not None)
     return flops
 
 

@@ -47,7 +47,7 @@ def saved(results: Results, path: Path) -> str:
 
 def test_a_file_holds_everything(tmp_path):
     results = some_results()
-    results.records[1].entries[OURS].memory = {"kind": "saved", "bytes": 1234}
+    results.records[1].entries[OURS].memory = {"kind": "saved", "bytes": 1234, "peak_bytes": 5678}
     results.records[1].entries[OURS].parity = {"ok": True, "error": 1e-7}
     results.records[2].entries["onnxruntime"] = Entry("refused", "runs inference only")
     results.leave_out(CASES[0], "no time")
@@ -77,6 +77,12 @@ def test_a_file_holds_everything(tmp_path):
         (lambda data: data["cases"][0]["contenders"][OURS].update(samples_us=[0]), "positive number, got 0"),
         (lambda data: data["cases"][0]["contenders"][OURS].update(samples_us=["a"]), "positive number"),
         (lambda data: data["cases"][0]["contenders"][OURS].update(memory={"kind": "peak"}), "lacks 'bytes'"),
+        (
+            lambda data: data["cases"][0]["contenders"][OURS].update(
+                memory={"kind": "saved", "bytes": 1, "peak_bytes": "2"}
+            ),
+            "'peak_bytes' of the wrong kind",
+        ),
         (lambda data: data["ceiling"].update(copy_bytes_per_second=[]), "no copy rate"),
         (lambda data: data["ceiling"]["matmul_flops"].update(fp32=-1), "matmul rate of fp32"),
         (lambda data: data["left_out"].append({"case": "x"}), "lacks 'reason'"),

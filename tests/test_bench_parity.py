@@ -116,3 +116,21 @@ def test_memory_of_a_training_step_grows_with_time(contender):
     assert one_step * 20 <= saved(40) - saved(20) <= one_step * 20 * 12
     infer = make_problem(Case("gru", "infer", "fp32", "cpu", 4, 8, 16, 16))
     assert contender("cpu", 1).prepare(infer).memory() is None
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("shape", [(50, 1, 128), (50, 32, 128), (40, 16, 64)], ids=str)
+def test_peak_memory_is_not_above_torchs(cell: str, shape: tuple[int, int, int]):
+    """And the same in every run, and at least what forward keeps."""
+    T, B, H = shape
+    problem = make_problem(Case(cell, "train", "fp32", "cpu", T, B, H, H))
+    measured = []
+    for contender in (FusedRnn, TorchNN):
+        runnable = contender("cpu", 1).prepare(problem)
+        runnable.outputs()
+        first, second = runnable.memory(), runnable.memory()
+        assert first == second
+        assert first["peak_bytes"] >= first["bytes"]
+        measured.append(first["peak_bytes"])
+    ours, theirs = measured
+    assert ours <= theirs

@@ -85,6 +85,7 @@ def test_a_run_measures_saves_and_shows(tmp_path, capsys):
     assert results.ceiling.matmul["fp32"] > 1e8 and len(results.ceiling.copy) > 3
     shown = capsys.readouterr()
     assert "Speed-up of fused_rnn" in shown.out and "gru_cell" in shown.out
+    assert "peak" in shown.out and "profiler" not in shown.out + shown.err
     assert "[4/4] gru_cell train fp32 4x2x8" in shown.err, "a log gets a line for each case"
 
 

@@ -123,6 +123,26 @@ def test_other_weights_by_functional_call(kind: Kind, device: str):
         torch.testing.assert_close(found[name], gradient)
 
 
+@pytest.mark.parametrize("kind", [GRU, LSTM, LSTM_CELL], ids=str)
+def test_functional_call_with_weights_of_another_dtype(kind: Kind, device: str):
+    """In a graph the module's own weights say nothing of the dtype, nor do those that it was lent outside of one."""
+    ours = make_twins(kind, device=device).ours
+    x = make_input(ours)
+    weights = {name: weight.detach().double() for name, weight in ours.named_parameters()}
+
+    def call(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        return tensors_of(torch.func.functional_call(ours, weights, (x,)))
+
+    found = whole(call)(weights, x.double())
+    assert all(map(torch.equal, found, call(weights, x.double())))
+    torch._dynamo.reset()
+    found = tensors_of(whole(ours)(x))
+    assert all(map(torch.equal, found, tensors_of(ours(x))))
+    if not kind.is_cell:
+        with pytest.raises(ValueError, match=r"input dtype \(torch.float32\) does not match weight dtype"):
+            call(weights, x)
+
+
 def test_parametrized_weights(device: str):
     ours = make_twins(GRU, device=device, dtype=torch.float64).ours
     nn.utils.parametrizations.weight_norm(ours, "weight_hh_l0")

@@ -294,3 +294,12 @@ def test_example_refuses_another_runs_checkpoint(train_lm, text: list[str], tmp_
     train_lm.main([*SMALL, *text, "--steps", "1", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="of another run"):
         train_lm.main([*SMALL, *text, "--steps", "2", "--seed", "1", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("option", ["hidden", "layers", "steps", "batch", "length", "every", "rate"])
+def test_example_refuses_zeros(train_lm, option: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        train_lm.main([f"--{option}", "0", "--out", str(tmp_path / "new")])
+    assert caught.value.code == 2
+    assert f"argument --{option}: 0 is not above zero" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -33,7 +33,8 @@ def dp_sgd(monkeypatch: pytest.MonkeyPatch):
     import dp_sgd
 
     yield dp_sgd
-    sys.modules.pop("dp_sgd")
+    for name in ("dp_sgd", "char_lm_parts"):
+        sys.modules.pop(name, None)
 
 
 names = pytest.mark.parametrize("layer", ["RNN", "GRU", "LSTM"])
@@ -72,6 +73,14 @@ def test_the_example_trains(dp_sgd, layer, capsys):
     assert accuracy > 0.8
     assert 1 < epsilon < 50
     assert "epoch  3" in capsys.readouterr().out
+
+
+def test_no_epochs(dp_sgd, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["dp_sgd.py", "--epochs", "0"])
+    with pytest.raises(SystemExit) as caught:
+        dp_sgd.main()
+    assert caught.value.code == 2
+    assert "argument --epochs: 0 is not above zero" in capsys.readouterr().err
 
 
 def test_a_batch_of_nobody(dp_sgd):

@@ -23,6 +23,7 @@ from parity import (
     make_twins,
     pack,
     tensors_of,
+    weights_like,
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -118,6 +119,59 @@ def test_flops_by_the_formula(device: str):
     once = 2 * (4 * 3) * (28 * 5 + 28 * 7)
     found = flops(ours, x, hx, backward=True)
     assert found == {"fused_rnn.layer_forward": once, "fused_rnn.layer_backward": 2 * once}
+
+
+def penalty_flops(module: nn.Module, x: Tensor, hx) -> dict[str, int]:
+    """Of the gradients of a gradient penalty, the first derivative within."""
+    wanted = [t for t in (x, *tensors_of(hx), *module.parameters()) if t.requires_grad]
+    loss = sum((out * weights_like(out)).sum() for out in tensors_of(module(x, hx)))
+    with FlopCounterMode(display=False) as counter:
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
+    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+
+
+@kinds
+@pytest.mark.parametrize("frozen", [None, "x", "weight_ih", "weight_hh", "weight_hr"])
+def test_flops_of_a_double_backward(kind: Kind, frozen: str | None, in_plain_pytorch):
+    """Those of plain PyTorch, which differentiates the backward pass as a graph; and, since ours keeps none of it,
+    those of its scan once more."""
+    ours = make_twins(kind, **({} if kind.is_cell else {"bidirectional": True})).ours
+    x, hx = leaves(ours, 4, 3)
+    named = dict(ours.named_parameters())
+    for name, tensor in {**named, "x": x}.items():
+        tensor.requires_grad_(frozen is None or frozen not in name)
+    found = penalty_flops(ours, x, hx)
+    assert all(name.startswith("fused_rnn") for name in found)
+    in_plain_pytorch()
+    steps, batch = (1 if kind.is_cell else 4), 3
+    again = 2 * steps * batch * sum(w.numel() for n, w in named.items() if "weight_hh" in n or "_hr_" in n)
+    # Plain PyTorch leaves out the products by which the projection's last output changes: no step comes after it.
+    again += sum(
+        2 * batch * w.numel() * (4 if w.requires_grad else 2) for n, w in named.items() if "_hr_" in n
+    )
+    assert sum(found.values()) == sum(penalty_flops(ours, x, hx).values()) + again
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind is not LSTM_PROJ], ids=str)
+def test_flops_of_gradients_of_each_sample(kind: Kind, device: str):
+    """As many as those of their sum. (With a projection they are computed in plain PyTorch, and cost more.)"""
+    ours = make_twins(kind, device=device).ours
+    x, hx = leaves(ours, 4, 3)
+    x.requires_grad_(False)
+    summed = sum(flops(ours, x, hx, backward=True).values())
+    weights = {name: weight.detach() for name, weight in ours.named_parameters()}
+    states = tuple(h.detach() for h in tensors_of(hx))
+
+    def loss(weights: dict[str, Tensor], states: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        hx = tuple(h.unsqueeze(1) for h in states)
+        outputs = torch.func.functional_call(ours, weights, (x.unsqueeze(1), hx if kind.is_lstm else hx[0]))
+        return sum(out.sum() for out in tensors_of(outputs))
+
+    with FlopCounterMode(display=False) as counter:
+        torch.vmap(torch.func.grad(loss, argnums=(0, 1)), (None, 1, 1))(weights, states, x)
+    assert "fused_rnn.layer_gate_gradients" in {str(name) for name in counter.get_flop_counts()["Global"]}
+    assert counter.get_total_flops() == summed
 
 
 # -------------------------------------------------------------------------------------------- profiler and timer

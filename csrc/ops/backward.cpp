@@ -112,10 +112,11 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
   if (p.empty()) {
     result = gradients_of_nothing(p, wanted);
   } else {
-    if (wanted(kInput)) result[kInput] = input_gradient(p, t);
     result[kH0] = t.dh0;
     if (wanted(kC0)) result[kC0] = t.carry;
     for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
+    t.previous.clear();  // as large as the input's gradient may be: never both at once
+    if (wanted(kInput)) result[kInput] = input_gradient(p, t);
   }
   for (Tensor& gradient : result) p.to_dtype(gradient);
   return result;
