@@ -13,6 +13,9 @@ from .errors import BenchError
 from .options import names, non_negative, positive_int, shape
 from .suites import SUITES
 
+# What fused_rnn.force_plan takes.
+PLANS = ("step_fused", "step", "block", "cluster", "grid", "persistent")
+
 # What a usage error and an unreadable file exit with; argparse uses the same.
 USAGE_ERROR = 2
 
@@ -65,10 +68,17 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         "--lengths", choices=LENGTHS, default="dense", help="dense input or packed, for a --shape"
     )
     run.add_argument("--threads", type=positive_int, help="CPU threads for everyone (default: torch's)")
-    run.add_argument("--isa", help="make fused_rnn use this instruction set: portable, avx2, avx512")
+    run.add_argument(
+        "--isa", help="make fused_rnn use this instruction set: portable, avx2, avx512, avx512_bf16"
+    )
     run.add_argument(
         "--graph", action="store_true", help="on a GPU also measure each case captured in a CUDA graph"
     )
+    run.add_argument(
+        "--plan", choices=PLANS, metavar="STRATEGY",
+        help=f"on a GPU make the layers of fused_rnn use this strategy wherever it can run: {', '.join(PLANS)} "
+        "(default: the planner's choice)",
+    )  # fmt: skip
     run.add_argument(
         "--budget", type=non_negative, metavar="SECONDS",
         help="leave out what does not fit into this time (default: 120 for quick, else 900; 0: no limit)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     peers = registry.choose_peers(options.against, device, torch.get_num_threads())
     contenders = [ours, *peers]
     try:
-        with run_progress(len(todo)) as progress:
+        with _forced(options.plan), run_progress(len(todo)) as progress:
             ceiling = measure_ceiling(device, {case.dtype: None for case in todo}, progress.say)
             results = Results(describe(device, contenders), _settings(options), ceiling)
             effort = Effort(seconds=options.effort)
@@ -100,6 +101,8 @@ def _cases(options: argparse.Namespace, device: str) -> list[Case]:
         raise BenchError("--dtype tf32 is a mode of NVIDIA GPUs; on a CPU use fp32")
     if device == "cpu" and options.graph:
         raise BenchError("--graph captures CUDA graphs; it needs --device cuda")
+    if device == "cpu" and options.plan:
+        raise BenchError("--plan chooses among the CUDA kernels; it needs --device cuda")
     suite = options.suite or (None if options.shape else "quick")
     lines = [
         Line(tuple(options.cell or THREE), *sizes, layers=options.layers,
@@ -160,6 +163,15 @@ def _set_isa(name: str | None) -> None:
         _C.set_isa(name)
     except ValueError as error:
         raise BenchError(f"--isa {name}: {error}") from error
+
+
+def _forced(plan: str | None) -> AbstractContextManager[None]:
+    """Our layers take this strategy wherever it can run; nobody else knows of it."""
+    if plan is None:
+        return nullcontext()
+    import fused_rnn
+
+    return fused_rnn.force_plan(plan)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:

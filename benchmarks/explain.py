@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .case import GATES, ITEM_BYTES, LAYERS, Case
+from .case import GATES, LAYERS, Case
 from .errors import BenchError
 
 # The planner's names for the cells.
@@ -42,7 +42,7 @@ def explain(
                 raise BenchError(
                     "--arch is for --device cuda; the CPU's instruction set is found at run time"
                 )
-            return _C.cpu_plan(name, T, B, I, H, projection, directions, threads, training, ITEM_BYTES[dtype])
+            return _C.cpu_plan(name, T, B, I, H, projection, directions, threads, training, dtype)
         if not hasattr(_C, "plan"):
             raise BenchError("this build of fused_rnn has no CUDA planner, so there is no CUDA plan to show")
         return _C.plan(
@@ -54,14 +54,19 @@ def explain(
 
 
 def strategies(case: Case) -> dict[str, str]:
-    """How the kernels of fused_rnn run a case on this machine's GPU, by pass; empty for other cases."""
+    """How the kernels of fused_rnn run a case on this machine's GPU, by pass, and as `plan` the strategy that was asked
+    for, if one was; empty for other cases."""
     if case.device != "cuda" or not case.is_layer:
         return {}
     plan = explain(
         case.cell, (case.T, case.B, case.I, case.H), device="cuda", dtype=case.dtype, training=case.mode == "train",
         projection=0, directions=case.directions, threads=1, arch=None,
     )  # fmt: skip
-    return {name: plan[name] for name in ("strategy", "backward_strategy") if name in plan}
+    found = {name: plan[name] for name in ("strategy", "backward_strategy") if name in plan}
+    from fused_rnn import _C
+
+    asked = _C.forced_plan()
+    return found | ({"plan": asked} if asked else {})
 
 
 def _first_line(error: Exception) -> str:

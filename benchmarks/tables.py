@@ -10,7 +10,7 @@ from .results import OURS, Entry, Record, Results
 from .stats import geometric_mean
 
 # Columns of words, which stand on the left; the others hold numbers.
-TEXT = frozenset({"cell", "mode", "dtype", "T x B x H", "against", "at", "note"})
+TEXT = frozenset({"cell", "mode", "dtype", "T x B x H", "against", "at", "note", "by", "by, forced"})
 
 # The heading over the lines of `loose`.
 LOOSE = "Peers marked ~, timed though out of tolerance"
@@ -115,6 +115,41 @@ def mean_table(results: Results) -> Table:
                 rows.append([cell, mode, dtype, peer, str(len(known)), f"{mean:.2f}", f"{lowest:.2f}", shape])
     columns = ["cell", "mode", "dtype", "against", "cases", "geometric mean", "lowest", "at"]
     return Table("Speed-up of fused_rnn", columns, rows)
+
+
+def plan_table(chosen: Results, forced: Results) -> Table:
+    """One row for each case with a time in both runs: the planner's choice of kernels, and what `--plan` made of it."""
+    others = {record.case.key: record for record in forced.records if record.timed}
+    rows = []
+    for record in chosen.records:
+        other = others.get(record.case.key)
+        if not record.timed or other is None:
+            continue
+        ours, theirs = record.entries[OURS], other.entries[OURS]
+        speedup = other.speedup("torch")
+        row = [record.case.cell, record.case.mode, record.case.dtype, record.case.shape]
+        for entry in (ours, theirs):
+            row += [number(entry.spread.median * 1e6), _strategies(entry)]
+        row.append(f"{ours.spread.median / theirs.spread.median:.2f}")
+        rows.append([*row, "-" if speedup is None else f"{speedup:.2f}"])
+    columns = [
+        "cell",
+        "mode",
+        "dtype",
+        "T x B x H",
+        "us",
+        "by",
+        "us, forced",
+        "by, forced",
+        "x faster forced",
+    ]
+    return Table("The planner's choice and the strategy forced", [*columns, "x torch, forced"], rows)
+
+
+def _strategies(entry: Entry) -> str:
+    """By which kernels it ran: one name where both passes have the same."""
+    names = [entry.settings[name] for name in ("strategy", "backward_strategy") if name in entry.settings]
+    return ", ".join(dict.fromkeys(names)) or "-"
 
 
 def failures(results: Results) -> list[str]:

@@ -271,6 +271,8 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path, capsys, monkeypatch, q
         (["run", "--against", "haste"], "--against haste: runs on a GPU only"),
         (["run", "--dtype", "tf32"], "tf32 is a mode of NVIDIA GPUs"),
         (["run", "--graph"], "needs --device cuda"),
+        (["run", "--plan", "persistent"], "--plan chooses among the CUDA kernels; it needs --device cuda"),
+        (["run", "--plan", "fast"], "invalid choice: 'fast'"),
         (["run", "--suite", "cells", "--cell", "lstm"], "suite cells has lstm_cell infer"),
         (["run", "--layers", "2"], "describe a --shape, and none is given"),
         (["run", "--shape", "1,1,1,1", "--cell", "gru_cell", "--layers", "2"], "for the layers, not for"),
@@ -326,7 +328,7 @@ def test_explain_shows_the_planner_s_own_plan(capsys, cell, mode):
     ]
     assert main(["explain", "--cell", cell, *options]) == 0
     planner_cell = {"rnn": "rnn_tanh"}.get(cell, cell)
-    plan = _C.cpu_plan(planner_cell, 50, 32, 64, 128, 0, 2, 2, mode == "train", 4)
+    plan = _C.cpu_plan(planner_cell, 50, 32, 64, 128, 0, 2, 2, mode == "train")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert plan["why"]
     for name, value in plan.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import parity
 import pytest
+import torch
 from parity import (
     CELLS,
     DTYPES,
@@ -26,6 +27,9 @@ from parity import (
     run,
     upcast,
 )
+from persistent_checks import TIERS, Place, check, places_and_dtypes
+from test_cuda_persistent_scan import problem
+from test_ops import CELLS as CELL_NAMES
 from torch import Tensor, nn
 
 Judged = tuple[
@@ -88,3 +92,19 @@ def test_small(kind, dtype, backend):
         return values, count_terms(twins.ours, x)
 
     judge(lambda index: draw(index // len(SHAPES), SHAPES[index % len(SHAPES)]), 2 * len(SHAPES))
+
+
+# B, I, H: one row and one unit; rows that fill no tile; blocks that exchange, of a cluster and of a grid.
+PERSISTENT_SHAPES = ((1, 1, 1), (9, 3, 20), (9, 3, 70))
+
+
+@places_and_dtypes(torch.bfloat16)
+@pytest.mark.parametrize("shape", PERSISTENT_SHAPES, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("cell", CELL_NAMES)
+def test_small_persistent(cell, dtype, tier, shape, place: Place):
+    B, I, H = shape
+    if H == 70 and tier == "block":
+        H = 64  # what it reaches with TF32
+    with place.open():
+        check(place, cell, problem(cell, 3, B, I, H, directions=2, packed=B > 1, dtype=dtype), tier)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from fused_rnn_bench import cli
-from test_bench_files import some_results
+from fused_rnn_bench.results import OURS
+from test_bench_files import some_results, timed
 from test_build import ROOT, load_tool
 
 gpu_check = load_tool("gpu_check")
@@ -161,14 +162,17 @@ def test_the_build_is_for_this_machine_alone(tmp_path, monkeypatch):
 
 def test_commands_are_ones_that_there_are(tmp_path):
     real = real_parts(tmp_path)
-    (benchmark,) = real["benchmark"].commands(200).values()
-    assert benchmark[1:3] == ["-m", "fused_rnn_bench"]
-    options = cli.parser().parse_args(benchmark[3:])
-    assert (
-        options.graph and set(options.dtype) == {"bf16", "fp16", "tf32", "fp32"} and options.suite == "core"
-    )
-    assert 0 < options.budget < 200, "it ends by itself, in time"
-    assert real["benchmark"].environ["FUSED_RNN_COMMIT"] == "0123abc"
+    asked = {}
+    for name in ("benchmark", "benchmark-persistent"):
+        (benchmark,) = real[name].commands(200).values()
+        assert benchmark[1:3] == ["-m", "fused_rnn_bench"]
+        asked[name] = options = cli.parser().parse_args(benchmark[3:])
+        assert options.graph and options.suite == "core"
+        assert 0 < options.budget < 200, "it ends by itself, in time"
+        assert real[name].environ["FUSED_RNN_COMMIT"] == "0123abc"
+    chosen, forced = asked.values()
+    assert (chosen.plan, forced.plan) == (None, "persistent") and chosen.out != forced.out
+    assert set(chosen.dtype) == {"bf16", "fp16", "tf32", "fp32"} == {*forced.dtype, "fp32"}
     sanitized = real["sanitizer"].commands(1)
     assert set(sanitized) == {"memcheck", "racecheck", "synccheck"}
     assert all((ROOT / command[-1]).is_file() for command in sanitized.values())
@@ -193,17 +197,28 @@ def test_the_tests_are_shared_out(tmp_path):
     assert chosen == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
 
 
+def test_tests_that_may_hang_have_a_process_of_their_own(tmp_path):
+    """And no other process has them. The long soak test is for whoever asks for it."""
+    commands = real_parts(tmp_path)["tests"].commands(1)
+    files = [word for word in commands.pop("tests persistent") if word.endswith(".py")]
+    assert files and all((ROOT / file).is_file() for file in files)
+    for command in commands.values():
+        assert {f"--ignore={file}" for file in files} <= set(command)
+        assert command[command.index("-m", 3) + 1] == "cuda and not soak"
+
+
 def test_a_machine_with_few_cores_runs_few_processes(tmp_path, monkeypatch):
     for cores, processes in ((1, 1), (7, 1), (8, 2), (16, 4), (128, 4)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         commands = real_parts(tmp_path)["tests"].commands(1)
+        del commands["tests persistent"]
         shares = [command[command.index("--share") + 1] for command in commands.values()]
         assert shares == [f"{k}/{processes}" for k in range(processes)]
 
 
 def test_details_of_real_logs():
     log = "== tests 0\nx\n==== 3 failed, 900 passed, 8000 deselected, 2 warnings in 97.00s (0:01:37) ====\n"
-    log += "== tests 1\n903 passed, 1 skipped in 95.11s\n== tests 2\n.....F"
+    log += "== tests 1\n903 passed, 1 skipped in 95.11s\n== tests persistent\n.....F"
     details = gpu_check.tests_details(log)
     assert details == "3 failed, 1803 passed, 1 skipped, 1 processes did not finish"
     assert gpu_check.last_line("") == ""
@@ -242,6 +257,9 @@ def machine(monkeypatch, tmp_path):
     results.environment |= {"device": "cuda", "device_name": "NVIDIA H200", "driver": "580.1"}
     results.environment |= {"commit": "0123abcd4567+", "date": "2026-11-24T12:00:00+00:00"}
     text = json.dumps(results.to_json())
+    for record in results.records:
+        record.entries[OURS] = timed(0.5, settings={"strategy": "grid", "backward_strategy": "step"})
+    faster = json.dumps(results.to_json())
     stage = Stage()
     monkeypatch.setattr(
         gpu_check, "probe", lambda: {"torch": "2.11.0", "cuda": "13.0", "gpus": ["NVIDIA H200"]}
@@ -256,6 +274,11 @@ def machine(monkeypatch, tmp_path):
             ),
             stage.part("sanitizer", 20),
             stage.part("benchmark", 20, f"open({str(out / 'benchmark.json')!r}, 'w').write({text!r})"),
+            stage.part(
+                "benchmark-persistent",
+                20,
+                f"open({str(out / 'benchmark-persistent.json')!r}, 'w').write({faster!r})",
+            ),
         ]
 
     monkeypatch.setattr(gpu_check, "parts", parts)
@@ -267,13 +290,18 @@ def test_what_a_run_leaves_and_says(machine, tmp_path, capfd):
     assert gpu_check.main(["--out", str(out)]) == 1
     kept = sorted(path.name for path in out.iterdir())
     results = "nvidia-h200-2026-11-24-0123abc-modified.json"
-    assert kept == ["benchmark.log", "build.log", results, "summary.md", "tests.log", "tests.xml"]
+    persistent = results.replace(".json", "-persistent.json")
+    logs = ["benchmark-persistent.log", "benchmark.log", "build.log"]
+    assert kept == [*logs, persistent, results, "summary.md", "tests.log", "tests.xml"]
     text = (out / "summary.md").read_text()
     assert "NVIDIA H200; torch 2.11.0, CUDA 13.0" in text
     assert re.search(r"\| tests \| failed \| \d+ \|", text) and re.search(r"\| build \| passed \|", text)
     assert "| sanitizer | not run | 0 | its tool is not on this machine |" in text
     assert "- tests.test_cuda::test_graph[LSTM]" in text and "test_streams" not in text
     assert "| gru | train | fp32 | torch | 1 | 2.00 | 2.00 | 50x4x8 |" in text, "the table of speed-ups"
+    assert "| gru | train | fp32 | torch | 1 | 4.00 | 4.00 | 50x4x8 |" in text, "the same with --plan"
+    case = "| gru | train | fp32 | 50x4x8 | 1000 | - | 500 | grid, step | 2.00 | 4.00 |"
+    assert case in text, "which is faster"
     shown = capfd.readouterr().out
     assert shown.index("gpu-check: benchmark: passed") < shown.index("| gru | train |"), (
         "the table comes last"

@@ -7,14 +7,16 @@ the packages setuptools, ninja, numpy, pytest and hypothesis. Nothing is install
 where git ignores it. The parts:
 
     build        the extension, in place, for this machine's GPUs alone
-    tests        pytest -m cuda, in up to four processes at once: one for every four cores
+    tests        pytest -m cuda, in up to four processes at once, one for every four cores, and one more for the
+                 persistent kernels: a wait that never ends would take others with it
     sanitizer    compute-sanitizer's memcheck, racecheck and synccheck at once, over tests/test_cuda_small.py
     benchmark    fused-rnn-bench run --suite core against torch.nn, eager and graph-captured
+    benchmark-persistent   the same with --plan persistent, in the dtypes that these kernels have
 
 Each part has its own share of the time, and what it leaves over goes to those after it. A part that fails or runs
 out of time stops no other, except that nothing can be said without a build. Exit status 0: every part passed; 1: one
-did not; 2: there is no GPU, and nothing was done. The folder then holds summary.md, the logs, tests.xml and
-<gpu>-<date>-<commit>.json, which `fused-rnn-bench report` and `compare` read.
+did not; 2: there is no GPU, and nothing was done. The folder then holds summary.md, the logs, tests.xml and, for
+`fused-rnn-bench report` and `compare`, <gpu>-<date>-<commit>.json and <gpu>-<date>-<commit>-persistent.json.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ FOUND_NO_GPU = 2
 IN_TREE = ROOT / "build" / "in-tree"
 
 DTYPES = "bf16,fp16,tf32,fp32"
+# What runs the persistent kernels. The sanitizers run the second.
+PERSISTENT_TESTS = ("tests/test_cuda_persistent_gpu.py", "tests/test_cuda_small.py")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+# The benchmark's files while it runs, by what is added to the name that they get.
+DRAFTS = {"": "benchmark.json", "persistent": "benchmark-persistent.json"}
 GRACE = 8.0  # seconds between the request to end and the end
 BENCHMARK_MARGIN = 25.0  # seconds for what its own budget does not count: imports, ceilings, the last case
 
@@ -100,18 +106,14 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
 
     def tests(_: float) -> dict[str, Command]:
         # A module that needs a package which is not here must not keep the others from being run.
-        chosen = [*pytest, "-m", "cuda", "--continue-on-collection-errors", "--durations=15"]
+        chosen = [*pytest, "-m", "cuda and not soak", "--continue-on-collection-errors", "--durations=15"]
         number = max(1, min(4, (os.cpu_count() or 1) // 4))
         found = {}
         for k in range(number):
-            share = [
-                "-p",
-                "share_of_tests",
-                "--share",
-                f"{k}/{number}",
-                f"--junitxml={out / f'tests-{k}.xml'}",
-            ]
-            found[f"tests {k}"] = [*chosen, *share, "tests"]
+            share = ["-p", "share_of_tests", "--share", f"{k}/{number}"]
+            share += [f"--ignore={path}" for path in PERSISTENT_TESTS]
+            found[f"tests {k}"] = [*chosen, *share, f"--junitxml={out / f'tests-{k}.xml'}", "tests"]
+        found["tests persistent"] = [*chosen, f"--junitxml={out / 'tests-persistent.xml'}", *PERSISTENT_TESTS]
         return found
 
     def sanitized(_: float) -> dict[str, Command]:
@@ -123,11 +125,17 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
             for i, tool in enumerate(SANITIZERS if sanitizer else ())
         }
 
-    def benchmark(seconds: float) -> dict[str, Command]:
-        options = ["--suite", "core", "--device", "cuda", "--dtype", DTYPES, "--graph", "--against", "torch"]
+    def run_bench(seconds: float, draft: str, *more: str) -> dict[str, Command]:
+        options = ["--suite", "core", "--device", "cuda", "--graph", "--against", "torch", *more]
         options += ["--effort", "0.02", "--budget", f"{max(seconds - BENCHMARK_MARGIN, 1):.0f}"]
-        options += ["--out", str(out / "benchmark.json")]
+        options += ["--out", str(out / draft)]
         return {"fused-rnn-bench": [python, "-m", "fused_rnn_bench", "run", *options]}
+
+    def benchmark(seconds: float) -> dict[str, Command]:
+        return run_bench(seconds, DRAFTS[""], "--dtype", DTYPES)
+
+    def persistent(seconds: float) -> dict[str, Command]:
+        return run_bench(seconds, DRAFTS["persistent"], "--dtype", "bf16,fp16,tf32", "--plan", "persistent")
 
     native = {"FUSED_RNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "native"}
     # An allocation for every tensor: the end of each is then an end that memcheck knows.
@@ -135,9 +143,10 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
     stamped = {"FUSED_RNN_COMMIT": commit} if commit else {}
     return [
         Part("build", 100, build, build_details, environ | native, needed=True),
-        Part("tests", 175, tests, tests_details, environ),
-        Part("sanitizer", 75, sanitized, sanitizer_details, environ | uncached),
-        Part("benchmark", 120, benchmark, benchmark_details, environ | stamped),
+        Part("tests", 150, tests, tests_details, environ),
+        Part("sanitizer", 70, sanitized, sanitizer_details, environ | uncached),
+        Part("benchmark", 80, benchmark, benchmark_details, environ | stamped),
+        Part("benchmark-persistent", 70, persistent, benchmark_details, environ | stamped),
     ]
 
 
@@ -157,7 +166,7 @@ def tests_details(log: str) -> str:
     counts: Counter[str] = Counter()
     for number, what in re.findall(r"(\d+) (\w+)", " ".join(ends)):
         counts[what] += int(number)
-    unfinished = len(re.findall(r"^== tests \d+$", log, re.MULTILINE)) - len(ends)
+    unfinished = len(re.findall(r"^== tests \w+$", log, re.MULTILINE)) - len(ends)
     said = [f"{counts[what]} {what}" for what in counts if what not in ("deselected", "warnings", "warning")]
     return ", ".join(said + [f"{unfinished} processes did not finish"] * (unfinished > 0))
 
@@ -267,15 +276,15 @@ def run_all(todo: Sequence[Part], out: Path, say: Callable[[str], None] = print)
 # --------------------------------------------------------------------------------------------------- the result
 
 
-def keep_results(out: Path) -> Path | None:
-    """Give the benchmark's file its lasting name, <gpu>-<date>-<commit>.json."""
-    draft = out / "benchmark.json"
+def keep_results(out: Path, added: str = "") -> Path | None:
+    """Give a file of the benchmark its lasting name, <gpu>-<date>-<commit>.json, or the same with what is `added`."""
+    draft = out / DRAFTS[added]
     try:
         environment = json.loads(draft.read_text())["environment"]
     except (OSError, ValueError, KeyError):
         return None
     commit = environment["commit"].rstrip("+")[:7] + "-modified" * environment["commit"].endswith("+")
-    name = "-".join((environment["device_name"], environment["date"][:10], commit))
+    name = "-".join((environment["device_name"], environment["date"][:10], commit, added))
     return draft.rename(out / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"))
 
 
@@ -294,17 +303,23 @@ def keep_tests(out: Path) -> list[str]:
     return [f"{case.get('classname')}::{case.get('name')}" for case in failed]
 
 
-def speedups(results: Path | None) -> str:
-    """The benchmark's table of means, by the benchmark's own hand."""
-    if results is None:
-        return ""
+def speedups(chosen: Path | None, forced: Path | None) -> str:
+    """The benchmarks' tables, by the benchmark's own hand: the means of both, and case by case which is faster."""
     sys.path.insert(0, str(IN_TREE))
     from fused_rnn_bench.markdown import markdown_table
     from fused_rnn_bench.results import load
-    from fused_rnn_bench.tables import environment_line, mean_table
+    from fused_rnn_bench.tables import environment_line, mean_table, plan_table
 
-    loaded = load(results)
-    return f"{environment_line(loaded)}\n\n{markdown_table(mean_table(loaded))}"
+    pages = []
+    for heading, path in (("", chosen), (", with `--plan persistent`", forced)):
+        if path:
+            results = load(path)
+            pages += [f"## Speed-up against torch.nn{heading}", environment_line(results)]
+            pages.append(markdown_table(mean_table(results)))
+    if chosen and forced:
+        table = plan_table(load(chosen), load(forced))
+        pages += [f"## {table.title}", markdown_table(table)]
+    return "\n\n".join(pages)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
@@ -313,19 +328,18 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def summary(machine: dict, outcomes: Sequence[Outcome], failed: Sequence[str], table: str) -> str:
-    """One page."""
-    gpus = ", ".join(machine["gpus"])
+def summary(machine: dict, outcomes: Sequence[Outcome], failed: Sequence[str], tables: str) -> str:
+    """One page, and the table of cases."""
     pages = [
         "# gpu-check",
-        f"{gpus}; torch {machine['torch']}, CUDA {machine['cuda']}",
+        f"{', '.join(machine['gpus'])}; torch {machine['torch']}, CUDA {machine['cuda']}",
         outcome_table(outcomes),
     ]
     if failed:
         more = [f"and {len(failed) - 20} more, in tests.xml"] if len(failed) > 20 else []
         pages.append("Failed tests:\n\n" + "\n".join(f"- {name}" for name in (*failed[:20], *more)))
-    if table:
-        pages += ["## Speed-up against torch.nn", table]
+    if tables:
+        pages.append(tables)
     return "\n\n".join(pages) + "\n"
 
 
@@ -361,24 +375,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = probe()
     if not machine["gpus"]:
         why = "is built without CUDA" if machine["cuda"] is None else f"for CUDA {machine['cuda']} finds none"
-        print(
-            f"gpu-check: there is no GPU here: torch {machine['torch']} {why}. Nothing was done.",
-            file=sys.stderr,
-        )
+        told = f"gpu-check: there is no GPU here: torch {machine['torch']} {why}. Nothing was done."
+        print(told, file=sys.stderr)
         return FOUND_NO_GPU
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("tests-*.xml"), out / "benchmark.json"):
+    for old in (*out.glob("tests-*.xml"), *(out / draft for draft in DRAFTS.values())):
         old.unlink(missing_ok=True)
     IN_TREE.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         (IN_TREE / "fused_rnn_bench").symlink_to(os.path.relpath(ROOT / "benchmarks", IN_TREE))
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # as of a shell's background job; children would inherit it
+    # As of a shell's background job; children would inherit it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes = run_all(parts(out, find_sanitizer(), options.commit), out)
-    text = summary(machine, outcomes, keep_tests(out), speedups(keep_results(out)))
+    tables = speedups(*(keep_results(out, added) for added in DRAFTS))
+    text = summary(machine, outcomes, keep_tests(out), tables)
     (out / "summary.md").write_text(text)
     print(f"\n{text}\nin {out}", flush=True)
     return 1 if any(outcome.bad for outcome in outcomes) else 0
