@@ -136,9 +136,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         print(f"fused_rnn: built {self.extensions[0].name}: {self.describe()}", flush=True)
 
     def describe(self) -> str:
-        wide = (
-            "avx512, avx2 and portable code" if platform.machine() in ("x86_64", "AMD64") else "portable code"
-        )
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        wide = "avx512_bf16, avx512, avx2 and portable code" if x86 else "portable code"
         text = f"CPU kernels with {wide} (chosen at run time)"
         if not sources(".cu"):
             return text + "; no CUDA sources: CPU only"

@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "dtypes.h"
+
 namespace frnn {
 
 struct Shape {
@@ -19,23 +21,26 @@ struct Shape {
   int64_t Hr() const { return P > 0 ? P : H; }
 };
 
-// One direction of a layer, forward. Rows are contiguous unless a stride is given.
+// One direction of a layer, forward. Rows are contiguous unless a stride is given. Accumulate<T> is T but for the
+// 16-bit types.
 template <class T>
 struct ForwardDirection {
-  bool reverse;      // scan from the last step to the first
-  const T* x;        // [N, I], or null where gates_x is given
-  const T* w_ih;     // [G*H, I], or null where gates_x is given
-  const T* b_ih;     // [G*H], or null: no bias, or already in gates_x
-  const T* gates_x;  // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies itself
-  const T* w_hh;     // [G*H, Hr]
-  const T* b_hh;     // [G*H] or null
-  const T* w_hr;     // [P, H] or null
-  const T* h0;       // [B, Hr] or null: zero
-  T* output;         // [N, Hr], row stride output_stride
+  bool reverse;   // scan from the last step to the first
+  const T* x;     // [N, I], or null where gates_x holds the product
+  const T* w_ih;  // [G*H, I], or null where gates_x holds the product
+  const T* b_ih;  // [G*H], or null: no bias, or already in gates_x
+  Accumulate<T>*
+      gates_x;    // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies x step by step. Given along
+                  // with x, it is memory for the product, without b_ih, which the kernel makes first
+  const T* w_hh;  // [G*H, Hr]
+  const T* b_hh;  // [G*H] or null
+  const T* w_hr;  // [P, H] or null
+  const T* h0;    // [B, Hr] or null: zero
+  T* output;      // [N, Hr], row stride output_stride
   int64_t output_stride;
-  T* hn;     // [B, Hr] or null: not wanted
-  T* c;      // [B, H], holds c_0, becomes c_n; null for cells without a cell state
-  T* saved;  // [N, kSaved*H] or null: inference
+  T* hn;                 // [B, Hr] or null: not wanted
+  Accumulate<T>* c;      // [B, H], holds c_0, becomes c_n; null for cells without a cell state
+  Accumulate<T>* saved;  // [N, kSaved*H] or null: inference
 };
 
 // One direction of a layer, backward.

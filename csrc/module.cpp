@@ -1,4 +1,5 @@
-// fused_rnn._C: what is not a tensor operator. Versions, instruction sets, and the plan of a call for inspection.
+// fused_rnn._C: what is not a tensor operator. Versions, instruction sets, and the plan of a call for inspection;
+// beside them the functions of csrc/ops that Python calls without the dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +13,7 @@
 #include "cuda/cost.h"
 #include "cuda/device.h"
 #include "cuda/plan.h"
+#include "python_calls.h"
 
 namespace py = pybind11;
 
@@ -79,23 +81,31 @@ const Row& by_name(const Row (&table)[n], const std::string& name, const char* w
 }
 
 py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
-                  int64_t directions, int threads, bool training, int itemsize) {
+                  int64_t directions, int threads, bool training, const std::string& dtype) {
   const frnn::CellKind kind = by_name(frnn::kCellNames, cell, "cell").kind;
   if (T < 1 || B < 1 || I < 1 || H < 1 || P < 0 || threads < 1 || directions < 1 || directions > 2)
     throw py::value_error("cpu_plan: expected positive sizes and threads, and 1 or 2 directions");
-  if (itemsize != 4 && itemsize != 8)
-    throw py::value_error("cpu_plan: itemsize must be 4 or 8 (16-bit types are computed in float)");
+  by_name(frnn::kCudaDtypeNames, dtype, "dtype");
   frnn::Shape shape{};
   shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions;
   const frnn::InstructionSet& set = frnn::instruction_set();
-  const auto problem = itemsize == 4 ? set.kernels->problem_float : set.kernels->problem_double;
+  const bool narrow = dtype == "bf16" && set.bfloat16, wide = dtype == "fp64";
+  const bool pairs = narrow && !training;  // the backward scan widens
+  const auto problem = pairs  ? set.bfloat16->problem
+                       : wide ? set.kernels->problem_double
+                              : set.kernels->problem_float;
   const frnn::CpuProblem p = problem(kind, shape, threads, training);
   const frnn::CpuPlan plan = frnn::plan_cpu(p);
   py::dict result;
   result["strategy"] = plan.direct ? "direct" : "packed";
   result["input"] = plan.fuse_input ? "multiplied in the scan" : "one product before the scan";
   result["isa"] = set.name;
-  result["vector"] = set.kernels->vector_bytes / itemsize;
+  result["products"] = pairs                                ? "of bfloat16, summed in float32"
+                       : narrow                             ? "of float32 in the scan, of bfloat16 around it"
+                       : wide                               ? "of float64"
+                       : dtype == "bf16" || dtype == "fp16" ? "of float32: operands are widened"
+                                                            : "of float32";
+  result["vector"] = set.kernels->vector_bytes / (wide ? 8 : 4);
   result["threads"] = plan.threads();
   result["direction_groups"] = plan.direction_groups;
   result["unit_groups"] = plan.unit_groups;
@@ -223,12 +233,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &supported_sets, "Instruction sets that this machine can run, best first.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use another instruction set, for the whole process. For tests and benchmarks.");
+  if (PyModule_AddFunctions(m.ptr(), frnn::kTensorFunctions) != 0) throw py::error_already_set();
   m.def("cuda_archs", &cuda_archs, "Architectures that csrc/cuda was compiled for; empty without nvcc.");
   m.def("cuda_devices", &cuda_devices,
         "GPUs that this process can use, with what a kernel's plan depends on.");
   m.def("cpu_plan", &cpu_plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P") = 0, py::arg("directions") = 1, py::arg("threads") = 1, py::arg("training") = false,
-        py::arg("itemsize") = 4,
+        py::arg("dtype") = "fp32",
         "How a layer would be spread over the CPU. `training` asks for the backward scan's plan.");
   m.def("plan", &cuda_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("directions") = 1, py::arg("training") = false,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from . import functional, scripting
+from . import functional, ops, scripting
 
 
 class _Cell(nn.RNNCellBase):
@@ -85,6 +86,10 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,), zero if absent; returns h' in the form of hx."""
+        if self.nonlinearity in ("tanh", "relu") and not is_compiling():
+            h = ops.cell_at_once(f"rnn_{self.nonlinearity}", self._parameters, input, hx)
+            if h is not None:
+                return h
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -116,6 +121,10 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,), zero if absent; returns h' in the form of hx."""
+        if not is_compiling():
+            h = ops.cell_at_once("gru", self._parameters, input, hx)
+            if h is not None:
+                return h
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -145,6 +154,10 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """input (B, I) or (I,), hx a pair of (B, H) or (H,), zero if absent; returns (h', c') in the form of hx."""
+        if not is_compiling():
+            both = ops.cell_at_once("lstm", self._parameters, input, hx)
+            if both is not None:
+                return both
         self._check_input(input)
         if hx is not None:
             for k, state in enumerate(hx):

@@ -15,18 +15,29 @@ extern const CpuKernels kKernels;
 namespace avx512 {
 extern const CpuKernels kKernels;
 }
+namespace avx512_bf16 {
+extern const Bfloat16Kernels kKernels;
+}
 #endif
+
+namespace {
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+}  // namespace
 
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::kKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-     }},
-    {"avx2", &avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512_bf16", &avx512::kKernels, &avx512_bf16::kKernels,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {"avx512", &avx512::kKernels, nullptr, &has_avx512},
+    {"avx2", &avx2::kKernels, nullptr,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", &portable::kKernels, [] { return true; }},
+    {"portable", &portable::kKernels, nullptr, [] { return true; }},
 };
 const int kInstructionSetCount = sizeof kInstructionSets / sizeof kInstructionSets[0];
 

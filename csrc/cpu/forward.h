@@ -13,20 +13,23 @@ constexpr int panel_vectors() {
   return Cell::kGates == 1 ? 2 : 1;
 }
 
-template <class T>
+// Of a scan whose operands are stored as S.
+template <class S>
 CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
   CpuProblem p;
   p.T = s.T, p.B = s.B, p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
   p.gates = gates;
   p.threads = threads;
-  p.units_per_panel = vectors * Vec<T>::kSize;
+  p.units_per_panel = vectors * Vec<Accumulate<S>>::kSize;
   p.tile_rows = tile_rows(gates * vectors);
-  p.itemsize = sizeof(T);
+  p.itemsize = sizeof(S);
   return p;
 }
 
-template <class Cell, class T>
+// S: what weights, inputs and the hidden state are stored as. Sums, the cell state and the cell itself are of T.
+template <class Cell, class S>
 class ForwardDirectionScan {
+  using T = Accumulate<S>;
   static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
   static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
   static constexpr int kTileRows = tile_rows(kGates * kVectors);
@@ -34,13 +37,13 @@ class ForwardDirectionScan {
   using V = Vec<T>;
 
  public:
-  ForwardDirectionScan(const Shape& shape, const ForwardDirection<T>& d, const CpuPlan& plan)
+  ForwardDirectionScan(const Shape& shape, const ForwardDirection<S>& d, const CpuPlan& plan)
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
         recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, plan.direct),
         // Fewer outputs than a vector has places would leave most of a packed panel empty.
         projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
         hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
-    memset(zeros_.get(), 0, Hr_ * sizeof(T));
+    memset(zeros_.get(), 0, Hr_ * sizeof(S));
   }
 
   void run(const Member& member, Barrier* everybody) {
@@ -51,6 +54,10 @@ class ForwardDirectionScan {
     if (d_.x) pack_share(input_, panels, member, plan_);
     pack_share(projection_, proj_panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());
+    if (d_.x && d_.gates_x) {
+      multiply_input(panels, member);
+      if (plan_.row_groups > 1) everybody->wait(plan_.threads());
+    }
 
     for (int64_t s = 0; s < shape_.T; ++s) {
       each_panel(panels, s, [&](int64_t panel) {
@@ -67,15 +74,37 @@ class ForwardDirectionScan {
   }
 
  private:
-  const T* previous_hidden(int64_t s, int64_t b, int64_t continued) const {
+  // The input's product for all steps, of this member's units and its share of the rows.
+  void multiply_input(Range panels, const Member& member) {
+    const Range rows = share_of(shape_.N, member.row_group, plan_.row_groups);
+    for (int64_t panel = panels.first; panel < panels.last; ++panel)
+      for (int64_t row0 = rows.first; row0 < rows.last; row0 += kTileRows) {
+        const int count = static_cast<int>(smallest(rows.last - row0, kTileRows));
+        const S* x[kMaxTileRows];
+        for (int r = 0; r < count; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
+        alignas(64) T acc[kTileRows * kGates * kUnits];
+        input_.multiply(x, count, panel, acc);
+        for (int r = 0; r < count; ++r)
+          for (int g = 0; g < kGates; ++g)
+            for (int v = 0; v < kVectors; ++v) {
+              const int64_t u = panel * kUnits + v * kSize;
+              const int n = static_cast<int>(smallest(H_ - u, kSize));
+              if (n > 0)
+                store(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u,
+                      load(acc + (r * kGates + g) * kUnits + v * kSize), n);
+            }
+      }
+  }
+
+  const S* previous_hidden(int64_t s, int64_t b, int64_t continued) const {
     if (b < continued) return d_.output + (scan_.offset(s - 1) + b) * d_.output_stride;
     return d_.h0 ? d_.h0 + b * Hr_ : zeros_.get();
   }
 
   void gates_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const int64_t continued = scan_.continued(s), row0 = scan_.offset(s) + b0;
-    const T* h_prev[kMaxTileRows];
-    const T* x[kMaxTileRows];
+    const S* h_prev[kMaxTileRows];
+    const S* x[kMaxTileRows];
     for (int r = 0; r < rows; ++r) h_prev[r] = previous_hidden(s, b0 + r, continued);
     alignas(64) T from_h[kTileRows * kGates * kUnits];
     alignas(64) T from_x[kTileRows * kGates * kUnits];
@@ -101,8 +130,9 @@ class ForwardDirectionScan {
         for (int g = 0; g < kGates; ++g) {
           const int64_t at = (r * kGates + g) * kUnits + v * kSize;
           gh[g] = load(from_h + at) + b_hh[g];
-          gx[g] = d_.gates_x ? load(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u, n)
-                             : load(from_x + at) + b_ih[g];
+          gx[g] =
+              (d_.gates_x ? load(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u, n) : load(from_x + at)) +
+              b_ih[g];
         }
         finish_unit(s, b0 + r, row0 + r, u, n, gx, gh, h_prev[r]);
       }
@@ -111,7 +141,7 @@ class ForwardDirectionScan {
 
   // The cell itself, for the n units from u on of row b.
   FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, const V* gx, const V* gh,
-                           const T* h_prev) {
+                           const S* h_prev) {
     V own(T(0)), state(T(0)), saved[Cell::kSaved + 1];
     if constexpr (Cell::kReadsPreviousHidden) own = load(h_prev + u, n);
     if constexpr (Cell::kHasCellState) state = load(d_.c + b * H_ + u, n);
@@ -126,7 +156,7 @@ class ForwardDirectionScan {
   }
 
   void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
-    const T* hidden[kMaxTileRows];
+    const S* hidden[kMaxTileRows];
     for (int r = 0; r < rows; ++r) hidden[r] = hidden_.get() + (b0 + r) * H_;
     alignas(64) T acc[kMaxTileRows * kProjVectors * kSize];
     projection_.multiply(hidden, rows, panel, acc);
@@ -144,14 +174,14 @@ class ForwardDirectionScan {
   }
 
   const Shape& shape_;
-  const ForwardDirection<T>& d_;
+  const ForwardDirection<S>& d_;
   const CpuPlan& plan_;
   const int64_t H_, Hr_;
   const Scan scan_;
-  GateWeights<T, kGates, kVectors> recurrent_, input_;
-  GateWeights<T, 1, kProjVectors> projection_;
-  Buffer<T> hidden_;  // [B, H], h before the projection
-  Buffer<T> zeros_;   // [Hr], the row that stands for an absent h0
+  GateWeights<S, kGates, kVectors> recurrent_, input_;
+  GateWeights<S, 1, kProjVectors> projection_;
+  Buffer<S> hidden_;  // [B, H], h before the projection
+  Buffer<S> zeros_;   // [Hr], the row that stands for an absent h0
 };
 
 }  // namespace FRNN_ISA

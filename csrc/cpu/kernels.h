@@ -45,9 +45,16 @@ struct CpuKernels {
   void multiply(const RowsTimesMatrix<double>& args) const { multiply_double(args); }
 };
 
+// Layers whose operands are multiplied as they are stored, in bfloat16.
+struct Bfloat16Kernels {
+  void (*forward)(CellKind, const ForwardArgs<BFloat16>&);
+  CpuProblem (*problem)(CellKind, const Shape&, int threads, bool backward);
+};
+
 struct InstructionSet {
   const char* name;
   const CpuKernels* kernels;
+  const Bfloat16Kernels* bfloat16;  // null: bfloat16 is widened to float
   bool (*supported)();
 };
 

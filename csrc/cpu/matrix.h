@@ -91,8 +91,8 @@ void sum_over_rows_of(const SumOverRows<T>& p, const Result<T>& result, int64_t 
     for (int64_t k0 = 0; k0 < p.rows; k0 += kBlockRows) {
       const int64_t n1 = smallest(n0 + kBlockColumns, p.N), K = smallest(p.rows - k0, kBlockRows);
       for (int64_t n = n0; n < n1; n += kPanel)
-        pack_columns<T, kProductVectors>(p.b + k0 * p.b_stride, p.N, p.b_stride, K, n,
-                                         b_block.get() + (n - n0) * K);
+        pack_columns<kProductVectors>(p.b + k0 * p.b_stride, p.N, p.b_stride, K, n,
+                                      b_block.get() + (n - n0) * K);
       for (int64_t m = m0; m < m1; m += kBlockUnits) {
         const int64_t units = smallest(m1 - m, kBlockUnits);
         transpose_block(p.a + k0 * p.a_stride + m, p.a_stride, K, units, a_block.get());

@@ -1,6 +1,7 @@
 // The products of the scan: a tile of rows of h (or of dgates) times the weights of one panel of units. Two forms,
 // one result layout, acc[row][lane][unit of the vector]:
-//   packed: weights rearranged once a call as [k][lane][unit], so that a step reads them in order;
+//   packed: weights rearranged once a call as [k][lane][unit], so that a step reads them in order (bfloat16.h: pairs
+//   of k, [k/2][lane][unit][2]);
 //   direct: weights as torch lays them out, for calls too short to repay the packing.
 #pragma once
 
@@ -26,7 +27,7 @@ constexpr int64_t sum_length(int rows, int64_t longest) { return rows <= 3 ? 32 
 
 // acc[r][l] = sum over k of a[r][k] * weights[k * stride + l * kSize ...]
 // Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
-template <class T, int kLanes, int kRows, int64_t kLongest>
+template <int kLanes, int kRows, int64_t kLongest, class T>
 __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, const T* weights,
                                                  int64_t stride, T* acc) {
   using V = Vec<T>;
@@ -61,20 +62,21 @@ __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, c
 }
 
 template <class T, int kLanes, int64_t kLongest = kStateSum>
-void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride, T* acc) {
+void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride,
+                    Accumulate<T>* acc) {
   if constexpr (tile_rows(kLanes) >= 8)
-    if (rows == 8) return packed_product_of<T, kLanes, 8, kLongest>(a, K, weights, stride, acc);
+    if (rows == 8) return packed_product_of<kLanes, 8, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 7)
-    if (rows == 7) return packed_product_of<T, kLanes, 7, kLongest>(a, K, weights, stride, acc);
+    if (rows == 7) return packed_product_of<kLanes, 7, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 6)
-    if (rows == 6) return packed_product_of<T, kLanes, 6, kLongest>(a, K, weights, stride, acc);
+    if (rows == 6) return packed_product_of<kLanes, 6, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 5)
-    if (rows == 5) return packed_product_of<T, kLanes, 5, kLongest>(a, K, weights, stride, acc);
+    if (rows == 5) return packed_product_of<kLanes, 5, kLongest>(a, K, weights, stride, acc);
   if constexpr (tile_rows(kLanes) >= 4)
-    if (rows == 4) return packed_product_of<T, kLanes, 4, kLongest>(a, K, weights, stride, acc);
-  if (rows == 3) return packed_product_of<T, kLanes, 3, kLongest>(a, K, weights, stride, acc);
-  if (rows == 2) return packed_product_of<T, kLanes, 2, kLongest>(a, K, weights, stride, acc);
-  return packed_product_of<T, kLanes, 1, kLongest>(a, K, weights, stride, acc);
+    if (rows == 4) return packed_product_of<kLanes, 4, kLongest>(a, K, weights, stride, acc);
+  if (rows == 3) return packed_product_of<kLanes, 3, kLongest>(a, K, weights, stride, acc);
+  if (rows == 2) return packed_product_of<kLanes, 2, kLongest>(a, K, weights, stride, acc);
+  return packed_product_of<kLanes, 1, kLongest>(a, K, weights, stride, acc);
 }
 
 // One row a times a vector's worth of rows of weights, K apart: their dot products. Rows from `rows` on repeat the
@@ -108,8 +110,8 @@ FRNN_HD Vec<T> dot_products(const T* a, int64_t K, const T* weights, int64_t row
 // weights: [gates * gate_rows, K].
 template <class T, int kGates, int kVectors>
 void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows,
-                    int64_t first, T* acc) {
-  constexpr int kSize = Vec<T>::kSize;
+                    int64_t first, Accumulate<T>* acc) {
+  constexpr int kSize = Vec<Accumulate<T>>::kSize;
   for (int r = 0; r < rows; ++r)
     for (int g = 0; g < kGates; ++g)
       for (int v = 0; v < kVectors && first + v * kSize < gate_rows; ++v) {
@@ -121,7 +123,7 @@ void direct_product(const T* const* a, int rows, int64_t K, const T* weights, in
 
 // weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on. Places of units
 // beyond the last repeat it; what they give is dropped.
-template <class T, int kGates, int kVectors>
+template <int kGates, int kVectors, class T>
 void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T* panel) {
   using V = Vec<T>;
   constexpr int kSize = V::kSize;
@@ -143,7 +145,7 @@ void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T*
 }
 
 // weights [K, columns], row stride `stride` -> panel [K][kVectors * kSize] of the columns from `first` on, zero beyond.
-template <class T, int kVectors>
+template <int kVectors, class T>
 void pack_columns(const T* weights, int64_t columns, int64_t stride, int64_t K, int64_t first, T* panel) {
   constexpr int kUnits = kVectors * Vec<T>::kSize;
   const int64_t units = columns - first < kUnits ? columns - first : kUnits;

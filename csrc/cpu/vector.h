@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "../args.h"
 #include "../cells/math.h"
 
 namespace frnn {
@@ -18,14 +19,22 @@ struct Real;
 
 // e^kExpMax is finite, and its inverse below the smallest normal number: sigmoid ends in exact zero.
 // kShift is 1.5 * 2^mantissa bits: adding it rounds to an integer and leaves that integer in the lowest bits.
+// The polynomials, lowest coefficient first, have the smallest largest relative error on their range (Remez):
+//   e^r = 1 + r + r^2 kExp(r), |r| <= ln2/2:               2^-28.3 and 2^-57.9
+//   tanh x = x + x^3 kTanh(x^2), |x| <= kTanhSmall:        2^-29.8 and 2^-65.7
+// From kTanhSmall on tanh is above a half, where 1 - 2 / (e^2x + 1) loses nothing.
 template <>
 struct Real<float> {
   typedef float Native __attribute__((vector_size(FRNN_VECTOR_BYTES)));
   typedef int32_t NativeInt __attribute__((vector_size(FRNN_VECTOR_BYTES)));
   static constexpr float kShift = 12582912.0f, kLog2e = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kExpMax = 88.0f, kTanhMax = 10.0f;
-  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
+  static constexpr float kExpMax = 88.0f, kTanhMax = 10.0f, kTanhSmall = 0.55f;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kExp[] = {0.4999999341f, 0.1666652011f, 0.04166839412f, 0.008368779965f,
+                                   0.001381447104f};
+  static constexpr float kTanh[] = {-0.3333331743f, 0.1333258113f, -0.05385174202f, 0.02106917527f,
+                                    -0.006270478f};
 };
 template <>
 struct Real<double> {
@@ -33,8 +42,16 @@ struct Real<double> {
   typedef int64_t NativeInt __attribute__((vector_size(FRNN_VECTOR_BYTES)));
   static constexpr double kShift = 6755399441055744.0, kLog2e = 1.4426950408889634;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpMax = 709.0, kTanhMax = 20.0;
-  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
+  static constexpr double kExpMax = 709.0, kTanhMax = 20.0, kTanhSmall = 0.55;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kExp[] = {
+      0.500000000000001072,    0.1666666666666641024,   0.04166666666652919309,   0.008333333333495626749,
+      0.001388888894392145402, 1.984126950475163725e-4, 2.480149276497395539e-05, 2.755758735753165398e-6,
+      2.763037822818674268e-7, 2.499996020833641821e-8};
+  static constexpr double kTanh[] = {
+      -0.3333333333333333213,   0.1333333333333306203,   -0.05396825396804044746,  0.02186948852771428821,
+      -0.008863235333973872917, 0.003592125133723870861, -0.00145580560511620536,  5.898316813419143776e-4,
+      -2.382090479011609727e-4, 9.395525997705698001e-5, -3.294967253722925512e-5, 7.439173506132322995e-6};
 };
 
 template <class T>
@@ -54,6 +71,13 @@ struct Vec {
   friend FRNN_HD Vec operator*(Vec a, Vec b) { return a.v * b.v; }
   friend FRNN_HD Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
+
+// What a product of stored numbers S is made of: kDepth numbers of k, side by side, for each unit of a vector.
+// bfloat16.h has the one that is not plain.
+template <class S>
+constexpr int kDepth = 1;
+template <>
+constexpr int kDepth<BFloat16> = 2;
 
 template <class T>
 FRNN_HD Vec<T> load(const T* p) {
@@ -122,7 +146,15 @@ FRNN_HD void transpose(Vec<T>* rows) {
   if constexpr (2 * kDistance < kSize) transpose<T, 2 * kDistance>(rows);
 }
 
-// e^x = 2^n e^r with r in [-ln2/2, ln2/2]. Returns 2^n and e^r - 1 apart, so that expm1 loses nothing near zero.
+template <class T, int kTerms>
+FRNN_HD Vec<T> polynomial(const T (&coefficients)[kTerms], Vec<T> x) {
+  Vec<T> sum(coefficients[kTerms - 1]);
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) sum = sum * x + Vec<T>(coefficients[k]);
+  return sum;
+}
+
+// e^x = 2^n e^r with r in [-ln2/2, ln2/2]. Returns 2^n and e^r - 1 apart: their sum would round.
 template <class T>
 FRNN_HD void exp_parts(Vec<T> x, Vec<T>& two_n, Vec<T>& expm1_r) {
   using R = Real<T>;
@@ -130,12 +162,7 @@ FRNN_HD void exp_parts(Vec<T> x, Vec<T>& two_n, Vec<T>& expm1_r) {
   const V shifted = x * V(R::kLog2e) + V(R::kShift);
   const V n = shifted - V(R::kShift);
   const V r = (x - n * V(R::kLn2High)) - n * V(R::kLn2Low);
-  V q(T(0));
-  T inverse_factorial[R::kTerms + 1];
-  inverse_factorial[0] = T(1);
-  for (int k = 1; k <= R::kTerms; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / T(k);
-  for (int k = R::kTerms; k >= 2; --k) q = q * r + V(inverse_factorial[k]);
-  expm1_r = r + r * r * q;
+  expm1_r = r + r * r * polynomial(R::kExp, r);
   const auto bits = (typename V::NativeInt)shifted.v;
   two_n = V((typename V::Native)((bits + R::kBias) << R::kMantissa));
 }
@@ -149,27 +176,28 @@ FRNN_HD Vec<T> sigmoid(Vec<T> x) {
   y.v = y.v < -limit ? V(-limit).v : y.v;
   V two_n, expm1_r;
   exp_parts(y, two_n, expm1_r);
-  return V(T(1)) / (V(T(1)) + (two_n + two_n * expm1_r));
+  // 1 / (1 + 2^n e^r). What its two sums lose would cost half an ulp: the quotient is corrected by it.
+  const V one_and_two_n = V(T(1)) + two_n, rest = two_n * expm1_r;
+  const V d = one_and_two_n + rest;
+  const V lost = (rest - (d - one_and_two_n)) + (V(T(1)) - (one_and_two_n - two_n));
+  const V inverse = V(T(1)) / d;
+  return inverse - inverse * (inverse * lost);
 }
 
 template <class T>
 FRNN_HD Vec<T> tanh_(Vec<T> x) {
+  using R = Real<T>;
   using V = Vec<T>;
   using NativeInt = typename V::NativeInt;
-  const T limit = Real<T>::kTanhMax;
   const NativeInt sign = (NativeInt)x.v & (NativeInt)V(T(-0.0)).v;
-  V a((typename V::Native)((NativeInt)x.v ^ sign));
-  a.v = a.v > limit ? V(limit).v : a.v;
+  const V a((typename V::Native)((NativeInt)x.v ^ sign));
+  const V square = a * a;
+  const V small = a + a * square * polynomial(R::kTanh, square);
+  const V limited(a.v > R::kTanhMax ? V(R::kTanhMax).v : a.v);
   V two_n, expm1_r;
-  exp_parts(a + a, two_n, expm1_r);
-  const V e = two_n * expm1_r + (two_n - V(T(1)));  // expm1(2|x|)
-  // tanh |x| = e / (e + 2). Rounding that sum and the quotient costs 2 ulp; the remainder of the division, with what
-  // the sum lost, gives them back.
-  const V d = e + V(T(2));
-  const V lost = e - (d - V(T(2)));
-  const V inverse = V(T(1)) / d;
-  const V quotient = e * inverse;
-  const V y = quotient + ((e - quotient * d) - quotient * lost) * inverse;
+  exp_parts(limited + limited, two_n, expm1_r);
+  const V large = V(T(1)) - V(T(2)) / (V(T(1)) + two_n + two_n * expm1_r);
+  const V y(a.v < R::kTanhSmall ? small.v : large.v);
   return V((typename V::Native)((NativeInt)y.v | sign));
 }
 

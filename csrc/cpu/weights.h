@@ -30,27 +30,28 @@ class Buffer {
 template <class T, int kGates, int kVectors>
 class GateWeights {
  public:
-  static constexpr int kUnits = kVectors * Vec<T>::kSize;  // of a panel
+  static constexpr int kUnits = kVectors * Vec<Accumulate<T>>::kSize;  // of a panel
   static constexpr int kLanes = kGates * kVectors;
 
   GateWeights(const T* weights, int64_t units, int64_t K, bool direct)
       : weights_(weights), units_(units), K_(K), direct_(direct),
-        panels_(direct || !weights ? 0 : panels() * kUnits * kGates * K) {}
+        panels_(direct || !weights ? 0 : panels() * panel_size()) {}
 
   int64_t panels() const { return divide_up(units_, kUnits); }
   void pack(int64_t panel) const {
-    if (!direct_) pack_rows<T, kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
+    if (!direct_) pack_rows<kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
   }
   // acc[row][gate][unit of the panel]
-  void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {
+  void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc) const {
     if (direct_)
       direct_product<T, kGates, kVectors>(a, rows, K_, weights_, units_, panel * kUnits, acc);
     else
-      packed_product<T, kLanes>(a, rows, K_, packed(panel), kLanes * Vec<T>::kSize, acc);
+      packed_product<T, kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>, acc);
   }
 
  private:
-  T* packed(int64_t panel) const { return panels_.get() + panel * kUnits * kGates * K_; }
+  int64_t panel_size() const { return divide_up(K_, kDepth<T>) * kDepth<T> * kUnits * kGates; }
+  T* packed(int64_t panel) const { return panels_.get() + panel * panel_size(); }
 
   const T* weights_;
   int64_t units_, K_;
@@ -71,8 +72,7 @@ class ColumnWeights {
 
   int64_t panels() const { return divide_up(units_, kUnits); }
   void pack(int64_t panel) const {
-    if (!in_place(panel))
-      pack_columns<T, kVectors>(weights_, units_, units_, K_, panel * kUnits, packed(panel));
+    if (!in_place(panel)) pack_columns<kVectors>(weights_, units_, units_, K_, panel * kUnits, packed(panel));
   }
   // acc[row][unit of the panel]
   void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {

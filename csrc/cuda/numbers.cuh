@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace frnn {
 

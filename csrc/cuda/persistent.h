@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #include "../cells/cells.h"
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace frnn {
 

@@ -51,7 +51,7 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
     const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
     const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
     result[kWhr] = p.allocate({s.P, s.H});
-    p.backend.product_over_rows(result[kWhr], t.dproj[d], hidden, s.B);
+    p.backend.product_over_rows(result[kWhr], t.dproj[d], hidden.to(t.dproj[d].scalar_type()), s.B);
   }
 }
 
@@ -60,8 +60,17 @@ Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
   for (int64_t d = 0; d < p.D(); ++d)
     for (const InputSide& side : input_side(p.cell, p.shape.H))
       p.backend.add_product(result, part(t.dgates[d], 1, side.column, side.count),
-                            part(p.weights[d].w_ih, 0, side.row, side.count));
+                            part(p.weights[d].w_ih.to(t.dgates[d].scalar_type()), 0, side.row, side.count));
   return result;
+}
+
+// The operands of the products around the scan, in the dtype of the call. Fewer rows are sooner multiplied than rounded.
+constexpr int64_t kRoundedRows = 5;
+void round_operands(const Problem& p, BackwardTensors& t) {
+  if (p.compute == p.dtype || p.shape.N < kRoundedRows || !p.backend.multiplies(p.dtype)) return;
+  for (auto* tensors : {&t.dgates, &t.dproj, &t.previous})
+    for (Tensor& tensor : *tensors) p.to_dtype(tensor);
+  p.to_dtype(t.x);
 }
 
 BackwardTensors tensors_of(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
@@ -112,6 +121,7 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
   if (p.empty()) {
     result = gradients_of_nothing(p, wanted);
   } else {
+    round_operands(p, t);
     result[kH0] = t.dh0;
     if (wanted(kC0)) result[kC0] = t.carry;
     for (int64_t d = 0; d < s.D; ++d) add_weight_gradients(p, t, d, wanted, result.data());
@@ -162,7 +172,8 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false);
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
+                  Stage::backward);
   Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
@@ -180,7 +191,8 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false);
+  const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
+                  Stage::backward);
   const Shape& s = p.shape;
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
   t.wants_dh0 = t.wants_previous = true;
@@ -196,7 +208,8 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
                        const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh, const Tensor& h,
                        const Tensor& saved, int64_t needs) {
   const PlainDispatch guard;
-  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h, true);
+  const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h, true,
+                  Stage::backward);
   const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs);
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 #include "scan.h"
@@ -12,41 +13,73 @@
 namespace frnn {
 namespace {
 
-template <class T>
+// The kernels' names for numbers whose type torch has a name of its own for.
+template <class S>
+const S* stored_in(const Tensor& tensor) {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return reinterpret_cast<const BFloat16*>(input_of<at::BFloat16>(tensor));
+  else
+    return input_of<S>(tensor);
+}
+template <class S>
+S* stored_out(const Tensor& tensor) {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return reinterpret_cast<BFloat16*>(output_of<at::BFloat16>(tensor));
+  else
+    return output_of<S>(tensor);
+}
+
+template <class S>
+CpuPlan plan_of(const Problem& p, int threads) {
+  const InstructionSet& set = instruction_set();
+  const auto problem = std::is_same_v<S, BFloat16> ? set.bfloat16->problem
+                       : sizeof(S) == 4            ? set.kernels->problem_float
+                                                   : set.kernels->problem_double;
+  return plan_cpu(problem(p.cell.kind, p.shape, threads, false));
+}
+
+template <class S>
 void forward(const Problem& p, bool save, ForwardTensors& t) {
-  const CpuKernels& kernels = *instruction_set().kernels;
+  using T = Accumulate<S>;
   const Shape& s = p.shape;
-  ForwardArgs<T> args{};
+  ForwardArgs<S> args{};
   args.shape = s;
   args.threads = at::get_num_threads();
-  const auto problem = sizeof(T) == 4 ? kernels.problem_float : kernels.problem_double;
-  const bool fuse_input = plan_cpu(problem(p.cell.kind, s, args.threads, false)).fuse_input;
+  const bool fuse_input = plan_of<S>(p, args.threads).fuse_input;
 
   if (p.cell.cell_state) t.c0.defined() ? t.cn.copy_(t.c0) : t.cn.zero_();  // c_t is updated in place
   Tensor gates_x[2];
   for (int64_t d = 0; d < s.D; ++d) {
     const DirectionWeights& w = p.weights[d];
-    ForwardDirection<T>& to = args.direction[d];
-    if (fuse_input) {
-      to.x = input_of<T>(t.x);
-      to.w_ih = input_of<T>(w.w_ih);
-      to.b_ih = input_of<T>(w.b_ih);
-    } else {
-      gates_x[d] = w.b_ih.defined() ? at::addmm(w.b_ih, t.x, w.w_ih.t()) : at::mm(t.x, w.w_ih.t());
-      to.gates_x = input_of<T>(gates_x[d]);
+    ForwardDirection<S>& to = args.direction[d];
+    // ATen would round the product of bfloat16 to bfloat16: there the kernel makes it, into memory that it is given.
+    const bool multiplies = fuse_input || sizeof(S) == 2;
+    if (multiplies) {
+      to.x = stored_in<S>(t.x);
+      to.w_ih = stored_in<S>(w.w_ih);
+      to.b_ih = stored_in<S>(w.b_ih);
+    }
+    if (!fuse_input) {
+      gates_x[d] = multiplies         ? p.allocate({s.N, p.cell.gates * s.H}, p.accumulate)
+                   : w.b_ih.defined() ? at::addmm(w.b_ih, t.x, w.w_ih.t())
+                                      : at::mm(t.x, w.w_ih.t());
+      to.gates_x = output_of<T>(gates_x[d]);
     }
     to.reverse = d == 1;
-    to.w_hh = input_of<T>(w.w_hh);
-    to.b_hh = input_of<T>(w.b_hh);
-    to.w_hr = input_of<T>(w.w_hr);
-    if (t.h0.defined()) to.h0 = input_of<T>(t.h0) + d * s.B * s.Hr();
-    to.output = output_of<T>(t.output) + d * s.Hr();
+    to.w_hh = stored_in<S>(w.w_hh);
+    to.b_hh = stored_in<S>(w.b_hh);
+    to.w_hr = stored_in<S>(w.w_hr);
+    if (t.h0.defined()) to.h0 = stored_in<S>(t.h0) + d * s.B * s.Hr();
+    to.output = stored_out<S>(t.output) + d * s.Hr();
     to.output_stride = s.D * s.Hr();
-    if (t.hn.defined()) to.hn = output_of<T>(t.hn) + d * s.B * s.Hr();
+    if (t.hn.defined()) to.hn = stored_out<S>(t.hn) + d * s.B * s.Hr();
     if (p.cell.cell_state) to.c = output_of<T>(t.cn) + d * s.B * s.H;
     if (save) to.saved = output_of<T>(t.saved) + d * s.N * p.cell.saved * s.H;
   }
-  kernels.forward(p.cell.kind, args);
+  if constexpr (std::is_same_v<S, BFloat16>)
+    instruction_set().bfloat16->forward(p.cell.kind, args);
+  else
+    instruction_set().kernels->forward(p.cell.kind, args);
 }
 
 template <class T>
@@ -126,6 +159,10 @@ void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
 }
 
 void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t) {
+  if (a.scalar_type() == at::kBFloat16) {
+    result.copy_(at::mm(a.t(), b));
+    return;
+  }
   const bool single = result.scalar_type() == at::kFloat;
   if (a.size(0) <= kFewRows)
     single ? product_over_few_rows<float>(result, a, b) : product_over_few_rows<double>(result, a, b);
@@ -142,6 +179,11 @@ void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add) 
 
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   const bool add = sum.defined();
+  if (a.scalar_type() == at::kBFloat16) {
+    const Tensor product = at::mm(a, b);
+    sum = add ? sum.add_(product) : product.to(at::kFloat);  // of two directions: rounded once
+    return;
+  }
   if (!add) sum = at::detail::empty_cpu({a.size(0), b.size(1)}, a.scalar_type(), false, std::nullopt);
   a.scalar_type() == at::kFloat ? multiply<float>(sum, a, b, add) : multiply<double>(sum, a, b, add);
 }
@@ -163,8 +205,16 @@ Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0,
 }
 
 const Backend kCpuBackend{
-    /*widens=*/true,
+    [](at::ScalarType dtype, Stage stage) {
+      return dtype == at::kFloat || dtype == at::kDouble ||
+             (dtype == at::kBFloat16 && stage == Stage::forward && instruction_set().bfloat16);
+    },
+    [](at::ScalarType dtype) {
+      return dtype != at::kHalf && (dtype != at::kBFloat16 || instruction_set().bfloat16);
+    },
+    /*keeps_wide=*/true,
     [](const Problem& p, bool save, ForwardTensors& t) {
+      if (p.compute == at::kBFloat16) return forward<BFloat16>(p, save, t);
       p.compute == at::kFloat ? forward<float>(p, save, t) : forward<double>(p, save, t);
     },
     [](const Problem& p, BackwardTensors& t) {

@@ -21,8 +21,8 @@ ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h
   t.c0 = p.state(c0, s.H, "c0");
   t.output = p.allocate({s.N, s.D * s.Hr()});
   if (want_hn) t.hn = p.allocate_state(s.Hr());
-  t.saved = p.allocate({save ? s.D : 0, s.N, p.cell.saved * s.H});
-  t.cn = p.cell.cell_state ? p.allocate_state(s.H) : p.allocate({0});
+  t.saved = p.allocate({save ? s.D : 0, s.N, p.cell.saved * s.H}, p.kept);
+  t.cn = p.cell.cell_state ? p.allocate_state(s.H, p.kept) : p.allocate({0});
   if (!p.empty())
     p.backend.forward(p, save, t);
   else
@@ -46,7 +46,8 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(weights), input, false);
+  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(weights), input, false,
+                  Stage::forward);
   ForwardTensors r = forward(p, input, h0, c0, save, true);
   if (input.dim() == 3) r.output = r.output.view({p.shape.T, p.shape.B, r.output.size(1)});
   return {r.output, r.hn, r.cn, r.saved};
@@ -57,7 +58,7 @@ Tensors3 cell_forward(std::string_view cell, const Tensor& input, const OptTenso
                       bool save) {
   const PlainDispatch guard;
   const Problem p(cell_traits(cell), one_step(input), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, input,
-                  true);
+                  true, Stage::forward);
   ForwardTensors r = forward(p, input, h0, c0, save, false);
   return {r.output, r.cn, r.saved};
 }

@@ -75,13 +75,14 @@ DirectionWeights direction_weights(const OptTensor& w_ih, const OptTensor& w_hh,
 }
 
 Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> given, const Tensor& rows_,
-                 bool is_cell_)
+                 bool is_cell_, Stage stage)
     : backend(backend_of(rows_)), cell(cell_), steps(std::move(steps_)), weights(std::move(given)),
       device(rows_.device()), dtype(rows_.scalar_type()), is_cell(is_cell_) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
               "fused_rnn: unsupported dtype ", dtype);
   accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  compute = backend.widens ? accumulate : dtype;
+  compute = backend.computes_in(dtype, stage) ? dtype : accumulate;
+  kept = backend.keeps_wide ? accumulate : dtype;
 
   const DirectionWeights& first = weights[0];
   TORCH_CHECK(first.w_ih.dim() == 2 && first.w_hh.dim() == 2, "fused_rnn: w_ih and w_hh must be 2-D");

@@ -41,6 +41,8 @@ Steps one_step(const Tensor& rows);  // of a cell, [B, ...]
 
 struct Backend;
 
+enum class Stage { forward, backward };  // a second derivative is of the backward pass
+
 struct Problem {
   const Backend& backend;
   CellTraits cell;
@@ -49,13 +51,14 @@ struct Problem {
   Shape shape;                            // points into `steps`
   at::Device device;
   at::ScalarType dtype;       // of the tensors that come and go
-  at::ScalarType compute;     // of the numbers that kernels read and write; float for 16-bit types on the CPU
+  at::ScalarType compute;     // of the numbers that kernels read and write; those of tensors, or wider
   at::ScalarType accumulate;  // of sums and of the cell state: float or double
+  at::ScalarType kept;        // of what is saved for the backward pass, and of c_n until it is returned
   bool is_cell;               // a *Cell's call: states are [B, size], without directions
 
   // `rows` is the call's input or output: its device and dtype are the call's.
-  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, const Tensor& rows,
-          bool is_cell);
+  Problem(CellTraits cell, Steps steps, std::vector<DirectionWeights> given, const Tensor& rows, bool is_cell,
+          Stage stage);
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
 

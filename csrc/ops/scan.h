@@ -22,7 +22,11 @@ struct BackwardTensors {
 };
 
 struct Backend {
-  bool widens;  // computes 16-bit types in float32
+  // Whether kernels read and write this dtype; otherwise that of sums.
+  bool (*computes_in)(at::ScalarType dtype, Stage stage);
+  // Whether products around the backward scan take operands of this dtype, though the scan itself may not.
+  bool (*multiplies)(at::ScalarType dtype);
+  bool keeps_wide;  // saves for the backward pass in the dtype of sums
   void (*forward)(const Problem& p, bool save, ForwardTensors& t);
   void (*backward)(const Problem& p, BackwardTensors& t);
   // result = a^T b, a [rows, m], b [rows, n]: a sum over the rows of all steps.

@@ -120,7 +120,9 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 }  // namespace
 
 const Backend kCudaBackend{
-    /*widens=*/false,
+    [](at::ScalarType, Stage) { return true; },
+    [](at::ScalarType) { return true; },
+    /*keeps_wide=*/false,
     [](const Problem& p, bool save, ForwardTensors& t) {
       const c10::DeviceGuard device(p.device);
       with_dtype(p.compute, [&](auto number) { forward<decltype(number)>(p, save, t); });

@@ -1,4 +1,4 @@
-// The numbers that CUDA kernels store. Host code names them without CUDA's headers; kernels compute in Accumulate<T>.
+// The numbers that kernels store. Host code names them without CUDA's headers; kernels compute in Accumulate<T>.
 #pragma once
 
 #include <stdint.h>
