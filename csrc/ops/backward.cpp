@@ -64,7 +64,8 @@ Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
   return result;
 }
 
-// The operands of the products around the scan, in the dtype of the call. Fewer rows are sooner multiplied than rounded.
+// The operands of the products around the scan, in the dtype of the call. With few rows the products are small beside the
+// passes that round; where exactly has not been measured.
 constexpr int64_t kRoundedRows = 5;
 void round_operands(const Problem& p, BackwardTensors& t) {
   if (p.compute == p.dtype || p.shape.N < kRoundedRows || !p.backend.multiplies(p.dtype)) return;

@@ -41,7 +41,8 @@ std::vector<Tensor> layer_with_reset(std::string_view cell, const Tensor& input,
   std::vector<DirectionWeights> directions;
   for (size_t k = 0; k + 4 <= weights.size(); k += 4)
     directions.push_back(direction_weights(weights[k], weights[k + 1], weights[k + 2], weights[k + 3], {}));
-  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(directions), input, false);
+  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(directions), input, false,
+                  Stage::forward);
   const Shape& s = p.shape;
   ForwardTensors f;
   f.x = input.reshape({s.N, s.I}), f.h0 = h0, f.c0 = c0.value_or(Tensor()), f.reset = reset;
