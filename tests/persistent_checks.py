@@ -43,7 +43,8 @@ class Place:
             if self.device == "cuda":
                 yield
             else:
-                with emulated.in_place_of_the_cpu():
+                # Whoever waits for another block must give way to it.
+                with emulated.unfair_schedules(), emulated.in_place_of_the_cpu():
                     yield
         finally:
             torch.backends.cudnn.rnn.fp32_precision = before

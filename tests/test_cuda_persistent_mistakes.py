@@ -107,6 +107,7 @@ def compiled(kernel: str, mistake: Mistake | None) -> Emulated:
         wrong = text[f"cuda/{mistake.file}"]
         assert wrong.count(mistake.line) == 1, f"{mistake.file} has changed: where is {mistake.line!r}?"
         text[f"cuda/{mistake.file}"] = wrong.replace(mistake.line, mistake.instead)
+    text["dtypes.h"] = (build.CSRC / "dtypes.h").read_text()
     text["one.cu"] = (build.HERE / "persistent_one.cu").read_text()
     digest = hashlib.sha256(repr(sorted(text.items())).encode()).hexdigest()[:16]
     folder = build.OUT / "mistakes" / digest
