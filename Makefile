@@ -55,8 +55,9 @@ demo: $(BUILT)
 	$(RUN) examples/char_lm.py --out out
 	$(BIN)/fused-rnn-bench run --suite quick
 
+# All tests in two processes, on any machine: they use torch's threads, and several start processes of their own.
 test: $(BUILT)
-	$(RUN) -m pytest $(or $(ARGS),tests)
+	$(RUN) -m pytest $(or $(ARGS),$(if $(VENV),,-n 2 --dist worksteal) tests)
 
 bench: $(BUILT)
 	$(BIN)/fused-rnn-bench run $(or $(ARGS),--suite quick)
