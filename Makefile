@@ -6,7 +6,7 @@
 #   make bench     the quick benchmark                         make bench ARGS="--suite core --out run.json"
 #   make lint      style of Python and C++                     make format   mends it
 #   make gpu-check [OUT=dir]   on a machine with a GPU: build, tests, sanitizers and benchmark, in eight minutes
-#   make accuracy  sigmoid and tanh of every float32, on each instruction set, in some minutes
+#   make accuracy  sigmoid and tanh of every float32, on each instruction set: takes a while
 #   make asan      the op tests on a build with AddressSanitizer and UBSan
 #   make clean     forget everything that was built            (.venv stays)
 #
