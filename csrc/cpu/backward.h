@@ -61,10 +61,16 @@ class BackwardDirectionScan {
       later[r] = b0 + r < continuing ? dgates(scan_.offset(s + 1) + b0 + r) : zeros_.get();
     alignas(64) T acc[kTileRows * kUnits];
     if (b0 < continuing)
-      recurrent_.multiply(later, rows, panel, acc);
+      // By gates, with a part of the requests before each: all at once would be more than a core keeps under way.
+      for (int g = 0; g < Cell::kGates; ++g) {
+        if (!shape_.P)
+          fetch_units(s, panel * kUnits, b0 + rows * g / Cell::kGates, b0 + rows * (g + 1) / Cell::kGates);
+        recurrent_.multiply(later, rows, g * H_, H_, panel, acc);
+        for (int r = 0; r < rows; ++r) later[r] += H_;
+      }
     else
       memset(acc, 0, sizeof acc);
-    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
       const int64_t b = b0 + r, row = scan_.offset(s) + b;
       if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
       if (d_.grad_hn && b >= continuing) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
@@ -80,7 +86,7 @@ class BackwardDirectionScan {
     for (int r = 0; r < rows; ++r) dproj[r] = d_.dproj + (scan_.offset(s) + b0 + r) * shape_.P;
     alignas(64) T acc[kTileRows * kUnits];
     projection_.multiply(dproj, rows, panel, acc);
-    each_vector(panel, H_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+    each_vector(panel, H_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
       finish_unit(s, b0 + r, scan_.offset(s) + b0 + r, u, n, dh);
     });
   }
@@ -90,7 +96,7 @@ class BackwardDirectionScan {
     for (int r = 0; r < rows; ++r) first[r] = dgates(scan_.first_row(b0 + r));
     alignas(64) T acc[kTileRows * kUnits];
     recurrent_.multiply(first, rows, panel, acc);
-    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, int n, V dh) {
+    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
       // A carry that is not the cell state's belongs to h0: what reached it past the product.
       if constexpr (Cell::kHasCarry && !Cell::kHasCellState) dh = dh + load(d_.carry + (b0 + r) * H_ + u, n);
       store(d_.dh0 + (b0 + r) * Hr_ + u, dh, n);
@@ -101,14 +107,33 @@ class BackwardDirectionScan {
   FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, const T* acc, F&& f) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t u = panel * kUnits + v * kSize;
-      const int n = static_cast<int>(smallest(units - u, kSize));
-      if (n <= 0) return;
-      for (int r = 0; r < rows; ++r) f(r, u, n, load(acc + (r * kVectors + v) * kSize));
+      with_count<kSize>(units - u, [&](auto n) {
+        for (int r = 0; r < rows; ++r) f(r, u, n, load(acc + (r * kVectors + v) * kSize));
+      });
+    }
+  }
+
+  // Asks for what finish_unit reads and writes of a tile: rows of N-row buffers lie too far apart for the hardware to see
+  // them coming, and the product before gives the time.
+  FRNN_HD void fetch_units(int64_t s, int64_t u, int64_t b_first, int64_t b_last) const {
+    for (int64_t b = b_first; b < b_last; ++b) {
+      const int64_t row = scan_.offset(s) + b;
+      for (int k = 0; k < Cell::kSaved; ++k) fetch<kVectors>(d_.saved + (row * Cell::kSaved + k) * H_ + u);
+      if (d_.grad_output) fetch<kVectors>(d_.grad_output + row * d_.grad_output_stride + u);
+      for (int g = 0; g < Cell::kGateGrads; ++g)
+        fetch<kVectors>(d_.dgates + row * dgates_stride_ + g * H_ + u);
+      if constexpr (Cell::kGradReadsOutput) fetch<kVectors>(d_.output + row * d_.output_stride + u);
+      if (b >= scan_.continued(s)) continue;
+      const int64_t row_prev = scan_.offset(s - 1) + b;
+      if constexpr (Cell::kReadsPreviousHidden) fetch<kVectors>(d_.output + row_prev * d_.output_stride + u);
+      if constexpr (Cell::kHasCellState)
+        fetch<kVectors>(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u);
     }
   }
 
   // The cell itself, for the n units from u on of row b.
-  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, V dh) {
+  template <class Count>
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, Count n, V dh) {
     V saved[Cell::kSaved + 1], output(T(0)), h_prev(T(0)), c_prev(T(0)), carry(T(0)), grads[Cell::kGateGrads];
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(d_.saved + (row * Cell::kSaved + k) * H_ + u, n);
     if constexpr (Cell::kGradReadsOutput) output = load(d_.output + row * d_.output_stride + u, n);

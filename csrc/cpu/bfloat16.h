@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "vector.h"
+#include "product.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -74,18 +74,19 @@ FRNN_HD __m512bh every_unit(const BFloat16* pair) {
 }
 FRNN_HD __m512bh every_unit_last(const BFloat16* last) { return (__m512bh)_mm512_set1_epi32(last->bits); }
 
-// acc[r][l] = sum over k of a[r][k] * weights[k / 2 * stride + l * 32 + k % 2 ...]. One running sum: float32's rounding
-// is nothing beside that of the operands.
-template <int kLanes, int kRows, int64_t kLongest>
-__attribute__((noinline)) void packed_product_of(const BFloat16* const* a, int64_t K, const BFloat16* weights,
-                                                 int64_t stride, float* acc) {
-  const BFloat16* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+// acc[r][l] = sum over k of a.at(r, k) * weights[k / 2 * stride + l * 32 + k % 2 ...], or, with `add`, acc[r][l] += ...
+// One running sum: float32's rounding is nothing beside that of the operands.
+template <int kLanes, int kRows, int64_t kLongest, class T>
+__attribute__((noinline)) void packed_product_of(const Rows<BFloat16, kRows>& factors, int64_t K,
+                                                 const BFloat16* weights, int64_t stride, float* acc,
+                                                 bool add) {
+  const Rows<BFloat16, kRows> a = factors;
   __m512 sums[kRows][kLanes];
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int l = 0; l < kLanes; ++l) sums[r][l] = _mm512_setzero_ps();
+    for (int l = 0; l < kLanes; ++l)
+      sums[r][l] = add ? _mm512_loadu_ps(acc + (r * kLanes + l) * 16) : _mm512_setzero_ps();
   int64_t k = 0;
   for (; k + 2 <= K; k += 2, weights += stride) {
     __m512bh lane[kLanes];
@@ -93,14 +94,14 @@ __attribute__((noinline)) void packed_product_of(const BFloat16* const* a, int64
     for (int l = 0; l < kLanes; ++l) lane[l] = load_pairs(weights + l * 32);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh x = every_unit(row[r] + k);
+      const __m512bh x = every_unit(a.row[r] + k);
 #pragma GCC unroll 8
       for (int l = 0; l < kLanes; ++l) sums[r][l] = _mm512_dpbf16_ps(sums[r][l], lane[l], x);
     }
   }
   if (k < K)
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh x = every_unit_last(row[r] + k);
+      const __m512bh x = every_unit_last(a.row[r] + k);
       for (int l = 0; l < kLanes; ++l)
         sums[r][l] = _mm512_dpbf16_ps(sums[r][l], load_pairs(weights + l * 32), x);
     }

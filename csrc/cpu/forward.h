@@ -34,6 +34,8 @@ class ForwardDirectionScan {
   static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
   static constexpr int kTileRows = tile_rows(kGates * kVectors);
   static constexpr int kProjVectors = 2;
+  // Whether a gate adds up its two sides: then their products need not be told apart.
+  static constexpr bool kOneSum = Cell::kGateGrads == kGates;
   using V = Vec<T>;
 
  public:
@@ -82,6 +84,9 @@ class ForwardDirectionScan {
         const int count = static_cast<int>(smallest(rows.last - row0, kTileRows));
         const S* x[kMaxTileRows];
         for (int r = 0; r < count; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
+        for (int r = 0; r < count; ++r)
+          for (int g = 0; g < kGates; ++g)
+            fetch<kVectors>(d_.gates_x + ((row0 + r) * kGates + g) * H_ + panel * kUnits);
         alignas(64) T acc[kTileRows * kGates * kUnits];
         input_.multiply(x, count, panel, acc);
         for (int r = 0; r < count; ++r)
@@ -107,40 +112,55 @@ class ForwardDirectionScan {
     const S* x[kMaxTileRows];
     for (int r = 0; r < rows; ++r) h_prev[r] = previous_hidden(s, b0 + r, continued);
     alignas(64) T from_h[kTileRows * kGates * kUnits];
-    alignas(64) T from_x[kTileRows * kGates * kUnits];
+    alignas(64) T from_x[kOneSum ? 1 : kTileRows * kGates * kUnits];
+    fetch_units(row0, panel * kUnits, rows);
     if (d_.h0 || b0 < continued)
       recurrent_.multiply(h_prev, rows, panel, from_h);
     else
       memset(from_h, 0, sizeof from_h);
     if (!d_.gates_x) {
       for (int r = 0; r < rows; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
-      input_.multiply(x, rows, panel, from_x);
+      input_.multiply(x, rows, panel, kOneSum ? from_h : from_x, kOneSum);
     }
+    // The input's side of gate g of row r: at gx + r * gx_row + g * gx_gate.
+    const bool in_sum = kOneSum && !d_.gates_x;
+    const T* gx = d_.gates_x ? d_.gates_x + row0 * kGates * H_ + panel * kUnits : from_x;
+    const int64_t gx_gate = d_.gates_x ? H_ : kUnits, gx_row = kGates * gx_gate;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t u = panel * kUnits + v * kSize;
-      const int n = static_cast<int>(smallest(H_ - u, kSize));
-      if (n <= 0) break;
-      V b_hh[kGates], b_ih[kGates];
-      for (int g = 0; g < kGates; ++g) {
-        b_hh[g] = d_.b_hh ? load(d_.b_hh + g * H_ + u, n) : V(T(0));
-        b_ih[g] = d_.b_ih ? load(d_.b_ih + g * H_ + u, n) : V(T(0));
-      }
-      for (int r = 0; r < rows; ++r) {
-        V gx[kGates], gh[kGates];
+      with_count<kSize>(H_ - u, [&](auto n) {
+        V b_hh[kGates], b_ih[kGates];
         for (int g = 0; g < kGates; ++g) {
-          const int64_t at = (r * kGates + g) * kUnits + v * kSize;
-          gh[g] = load(from_h + at) + b_hh[g];
-          gx[g] =
-              (d_.gates_x ? load(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u, n) : load(from_x + at)) +
-              b_ih[g];
+          b_hh[g] = d_.b_hh ? load(d_.b_hh + g * H_ + u, n) : V(T(0));
+          b_ih[g] = d_.b_ih ? load(d_.b_ih + g * H_ + u, n) : V(T(0));
         }
-        finish_unit(s, b0 + r, row0 + r, u, n, gx, gh, h_prev[r]);
-      }
+        for (int r = 0; r < rows; ++r) {
+          V x_side[kGates], h_side[kGates];
+#pragma GCC unroll 4
+          for (int g = 0; g < kGates; ++g) {
+            h_side[g] = load(from_h + (r * kGates + g) * kUnits + v * kSize) + b_hh[g];
+            x_side[g] = in_sum ? b_ih[g] : load(gx + r * gx_row + g * gx_gate + v * kSize, n) + b_ih[g];
+          }
+          finish_unit(s, b0 + r, row0 + r, u, n, x_side, h_side, h_prev[r]);
+        }
+      });
+    }
+  }
+
+  // Asks for what finish_unit reads and writes of a tile, as BackwardDirectionScan does.
+  FRNN_HD void fetch_units(int64_t row0, int64_t u, int rows) const {
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+      if (d_.gates_x)
+        for (int g = 0; g < kGates; ++g) fetch<kVectors>(d_.gates_x + (row * kGates + g) * H_ + u);
+      if (!shape_.P) fetch<kVectors>(d_.output + row * d_.output_stride + u);
+      if (d_.saved)
+        for (int k = 0; k < Cell::kSaved; ++k) fetch<kVectors>(d_.saved + (row * Cell::kSaved + k) * H_ + u);
     }
   }
 
   // The cell itself, for the n units from u on of row b.
-  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, const V* gx, const V* gh,
+  template <class Count>
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, Count n, const V* gx, const V* gh,
                            const S* h_prev) {
     V own(T(0)), state(T(0)), saved[Cell::kSaved + 1];
     if constexpr (Cell::kReadsPreviousHidden) own = load(h_prev + u, n);
@@ -148,6 +168,7 @@ class ForwardDirectionScan {
     const V h = Cell::step(gx, gh, own, state, saved);
     if constexpr (Cell::kHasCellState) store(d_.c + b * H_ + u, state, n);
     if (d_.saved)
+#pragma GCC unroll 8
       for (int k = 0; k < Cell::kSaved; ++k) store(d_.saved + (row * Cell::kSaved + k) * H_ + u, saved[k], n);
     if (shape_.P)
       store(hidden_.get() + b * H_ + u, h, n);
@@ -162,13 +183,15 @@ class ForwardDirectionScan {
     projection_.multiply(hidden, rows, panel, acc);
     for (int v = 0; v < kProjVectors; ++v) {
       const int64_t u = (panel * kProjVectors + v) * kSize;
-      const int n = static_cast<int>(smallest(shape_.P - u, kSize));
-      for (int r = 0; r < rows && n > 0; ++r)
-        store_state(s, b0 + r, scan_.offset(s) + b0 + r, u, load(acc + (r * kProjVectors + v) * kSize), n);
+      with_count<kSize>(shape_.P - u, [&](auto n) {
+        for (int r = 0; r < rows; ++r)
+          store_state(s, b0 + r, scan_.offset(s) + b0 + r, u, load(acc + (r * kProjVectors + v) * kSize), n);
+      });
     }
   }
 
-  FRNN_HD void store_state(int64_t s, int64_t b, int64_t row, int64_t u, V h, int n) {
+  template <class Count>
+  FRNN_HD void store_state(int64_t s, int64_t b, int64_t row, int64_t u, V h, Count n) {
     store(d_.output + row * d_.output_stride + u, h, n);
     if (d_.hn && b >= scan_.continuing(s)) store(d_.hn + b * Hr_ + u, h, n);
   }

@@ -36,21 +36,14 @@ constexpr int kProductVectors = 2;
 // [kBlockRows, kBlockUnits], a part of the rest; one panel of the first stays in L1 while the second passes.
 constexpr int64_t kBlockRows = 256, kBlockUnits = 64, kBlockColumns = 512;
 
-// [rows, count] with a row stride -> [count][kBlockRows]: each column one after another, for the micro-kernel's rows.
+// [rows, count] with a row stride -> [rows][kBlockUnits]: what a tile reads of it lies together.
 template <class T>
-void transpose_block(const T* from, int64_t stride, int64_t rows, int64_t count, T* to) {
-  using V = Vec<T>;
-  constexpr int kSize = V::kSize;
-  for (int64_t k = 0; k < rows; k += kSize)
-    for (int64_t m = 0; m < count; m += kSize) {
-      const int here = static_cast<int>(smallest(count - m, kSize)),
-                deep = static_cast<int>(smallest(rows - k, kSize));
-      V square[kSize];
-#pragma GCC unroll 16
-      for (int r = 0; r < kSize; ++r) square[r] = load(from + (k + (r < deep ? r : 0)) * stride + m, here);
-      transpose(square);
-      for (int c = 0; c < here; ++c) store(to + (m + c) * kBlockRows + k, square[c], deep);
-    }
+void copy_block(const T* from, int64_t stride, int64_t rows, int64_t count, T* to) {
+  constexpr int kSize = Vec<T>::kSize;
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t m = 0; m < count; m += kSize)
+      with_count<kSize>(count - m,
+                        [&](auto n) { store(to + k * kBlockUnits + m, load(from + k * stride + m, n)); });
 }
 
 // Where the result of a tile goes: c[m * m_stride + n * n_stride].
@@ -59,6 +52,11 @@ struct Result {
   T* c;
   int64_t m_stride, n_stride;
 
+  // Asks for a tile that will be added to: its rows lie too far apart for the hardware to see them coming.
+  FRNN_HD void fetch(int64_t m, int rows, int64_t n) const {
+    if (n_stride == 1)
+      for (int r = 0; r < rows; ++r) frnn::fetch<kProductVectors>(c + (m + r) * m_stride + n);
+  }
   FRNN_HD void put(int64_t m, int64_t n, Vec<T> sum, int count, bool add) const {
     T* to = c + m * m_stride + n * n_stride;
     if (n_stride == 1) return store(to, add ? load(to, count) + sum : sum, count);
@@ -95,15 +93,14 @@ void sum_over_rows_of(const SumOverRows<T>& p, const Result<T>& result, int64_t 
                                       b_block.get() + (n - n0) * K);
       for (int64_t m = m0; m < m1; m += kBlockUnits) {
         const int64_t units = smallest(m1 - m, kBlockUnits);
-        transpose_block(p.a + k0 * p.a_stride + m, p.a_stride, K, units, a_block.get());
+        copy_block(p.a + k0 * p.a_stride + m, p.a_stride, K, units, a_block.get());
         const Tiles tiles(units, kTileRows, 0, 1);
         for (int64_t n = n0; n < n1; n += kPanel)
           tiles.each(units, [&](int64_t first, int rows) {
-            const T* row[kMaxTileRows];
-            for (int r = 0; r < rows; ++r) row[r] = a_block.get() + (first + r) * kBlockRows;
+            if (k0 > 0) result.fetch(m + first, rows, n);
             finish_tile<T>(result, m + first, rows, n, p.N, k0 > 0, [&](T* acc) {
-              packed_product<T, kProductVectors, kRowSum>(row, rows, K, b_block.get() + (n - n0) * K, kPanel,
-                                                          acc);
+              packed_product_of_columns<kBlockUnits, kProductVectors, kRowSum>(
+                  a_block.get() + first, rows, K, b_block.get() + (n - n0) * K, kPanel, acc);
             });
           });
       }

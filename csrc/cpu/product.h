@@ -25,14 +25,29 @@ constexpr int tile_rows(int lanes) {
 constexpr int64_t kStateSum = 128, kRowSum = 64;
 constexpr int64_t sum_length(int rows, int64_t longest) { return rows <= 3 ? 32 : longest; }
 
-// acc[r][l] = sum over k of a[r][k] * weights[k * stride + l * kSize ...]
-// Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
-template <int kLanes, int kRows, int64_t kLongest, class T>
-__attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, const T* weights,
-                                                 int64_t stride, T* acc) {
-  using V = Vec<T>;
+// The factors of a tile's rows: number k of row r.
+template <class T, int kRows>
+struct Rows {
   const T* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  explicit FRNN_HD Rows(const T* const* a) {
+    for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  }
+  FRNN_HD T at(int r, int64_t k) const { return row[r][k]; }
+};
+// The same where k is the slow index, kStride numbers apart.
+template <class T, int64_t kStride>
+struct Columns {
+  const T* first;
+  FRNN_HD T at(int r, int64_t k) const { return first[k * kStride + r]; }
+};
+
+// acc[r][l] = sum over k of a.at(r, k) * weights[k * stride + l * kSize ...], or, with `add`, acc[r][l] += ...
+// Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
+template <int kLanes, int kRows, int64_t kLongest, class T, class Factors>
+__attribute__((noinline)) void packed_product_of(const Factors& factors, int64_t K, const T* weights,
+                                                 int64_t stride, T* acc, bool add) {
+  using V = Vec<T>;
+  const Factors a = factors;
   constexpr int64_t kLength = sum_length(kRows, kLongest);
   for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kLength) {
     const int64_t k1 = k0 + kLength < K ? k0 + kLength : K;
@@ -48,7 +63,7 @@ __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, c
       for (int l = 0; l < kLanes; ++l) lane[l] = load(w + l * V::kSize);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
-        const V x(row[r][k]);
+        const V x(a.at(r, k));
 #pragma GCC unroll 8
         for (int l = 0; l < kLanes; ++l) sums[r][l].v += lane[l].v * x.v;
       }
@@ -56,27 +71,34 @@ __attribute__((noinline)) void packed_product_of(const T* const* a, int64_t K, c
     for (int r = 0; r < kRows; ++r)
       for (int l = 0; l < kLanes; ++l) {
         T* to = acc + (r * kLanes + l) * V::kSize;
-        store(to, k0 == 0 ? sums[r][l] : load(to) + sums[r][l]);
+        store(to, k0 == 0 && !add ? sums[r][l] : load(to) + sums[r][l]);
       }
   }
 }
 
+// f(std::integral_constant<int, rows>), of at most kMost.
+template <int kMost, class F>
+FRNN_HD void with_rows(int rows, F&& f) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return with_rows<kMost - 1>(rows, f);
+  f(std::integral_constant<int, kMost>{});
+}
+
 template <class T, int kLanes, int64_t kLongest = kStateSum>
 void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride,
-                    Accumulate<T>* acc) {
-  if constexpr (tile_rows(kLanes) >= 8)
-    if (rows == 8) return packed_product_of<kLanes, 8, kLongest>(a, K, weights, stride, acc);
-  if constexpr (tile_rows(kLanes) >= 7)
-    if (rows == 7) return packed_product_of<kLanes, 7, kLongest>(a, K, weights, stride, acc);
-  if constexpr (tile_rows(kLanes) >= 6)
-    if (rows == 6) return packed_product_of<kLanes, 6, kLongest>(a, K, weights, stride, acc);
-  if constexpr (tile_rows(kLanes) >= 5)
-    if (rows == 5) return packed_product_of<kLanes, 5, kLongest>(a, K, weights, stride, acc);
-  if constexpr (tile_rows(kLanes) >= 4)
-    if (rows == 4) return packed_product_of<kLanes, 4, kLongest>(a, K, weights, stride, acc);
-  if (rows == 3) return packed_product_of<kLanes, 3, kLongest>(a, K, weights, stride, acc);
-  if (rows == 2) return packed_product_of<kLanes, 2, kLongest>(a, K, weights, stride, acc);
-  return packed_product_of<kLanes, 1, kLongest>(a, K, weights, stride, acc);
+                    Accumulate<T>* acc, bool add = false) {
+  with_rows<tile_rows(kLanes)>(rows, [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    packed_product_of<kLanes, kRows, kLongest, T>(Rows<T, kRows>(a), K, weights, stride, acc, add);
+  });
+}
+// The rows are columns of `a`, kStride apart in k.
+template <int64_t kStride, int kLanes, int64_t kLongest, class T>
+void packed_product_of_columns(const T* a, int rows, int64_t K, const T* weights, int64_t stride, T* acc) {
+  with_rows<tile_rows(kLanes)>(rows, [&](auto count) {
+    packed_product_of<kLanes, decltype(count)::value, kLongest, T>(Columns<T, kStride>{a}, K, weights, stride,
+                                                                   acc, false);
+  });
 }
 
 // One row a times a vector's worth of rows of weights, K apart: their dot products. Rows from `rows` on repeat the
@@ -110,14 +132,15 @@ FRNN_HD Vec<T> dot_products(const T* a, int64_t K, const T* weights, int64_t row
 // weights: [gates * gate_rows, K].
 template <class T, int kGates, int kVectors>
 void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows,
-                    int64_t first, Accumulate<T>* acc) {
+                    int64_t first, Accumulate<T>* acc, bool add) {
   constexpr int kSize = Vec<Accumulate<T>>::kSize;
   for (int r = 0; r < rows; ++r)
     for (int g = 0; g < kGates; ++g)
       for (int v = 0; v < kVectors && first + v * kSize < gate_rows; ++v) {
         const int64_t row = first + v * kSize;
-        store(acc + ((r * kGates + g) * kVectors + v) * kSize,
-              dot_products(a[r], K, weights + (g * gate_rows + row) * K, gate_rows - row));
+        Accumulate<T>* to = acc + ((r * kGates + g) * kVectors + v) * kSize;
+        const auto sums = dot_products(a[r], K, weights + (g * gate_rows + row) * K, gate_rows - row);
+        store(to, add ? load(to) + sums : sums);
       }
 }
 

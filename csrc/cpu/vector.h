@@ -104,6 +104,40 @@ FRNN_HD void store(T* p, Vec<T> x, int n) {
   for (int k = 0; k < n; ++k) p[k] = x.v[k];
 }
 
+// A whole vector, in place of a number of values that is known only at run time.
+struct Whole {};
+template <class T>
+FRNN_HD auto load(const T* p, Whole) {
+  return load(p);
+}
+template <class T, class V>
+FRNN_HD void store(T* p, V x, Whole) {
+  store(p, x);
+}
+// f(n) for the first n values of a vector at most: all but the last of a row are whole, and their code knows it.
+template <int kSize, class F>
+FRNN_HD void with_count(int64_t n, F&& f) {
+  if (n >= kSize)
+    f(Whole{});
+  else if (n > 0)
+    f(static_cast<int>(n));
+}
+
+// Brings kVectors vectors at p into the cache, to be read or, by the second form, written. p may lie outside of any array.
+// Whatever only fetches must be inlined: GCC takes a call without another effect for one without any, and drops it.
+template <int kVectors, class T>
+FRNN_HD void fetch(const T* p) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < kVectors * FRNN_VECTOR_BYTES; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+template <int kVectors, class T>
+FRNN_HD void fetch(T* p) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < kVectors * FRNN_VECTOR_BYTES; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 1);
+}
+
 // Sums of neighbours: those of a in the lower half of the result, those of b in the upper.
 template <class T, class I, I... k>
 FRNN_HD Vec<T> pair_sums(Vec<T> a, Vec<T> b, std::integer_sequence<I, k...>) {

@@ -41,12 +41,12 @@ class GateWeights {
   void pack(int64_t panel) const {
     if (!direct_) pack_rows<kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
   }
-  // acc[row][gate][unit of the panel]
-  void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc) const {
+  // acc[row][gate][unit of the panel]; `add`: to what is there.
+  void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc, bool add = false) const {
     if (direct_)
-      direct_product<T, kGates, kVectors>(a, rows, K_, weights_, units_, panel * kUnits, acc);
+      direct_product<T, kGates, kVectors>(a, rows, K_, weights_, units_, panel * kUnits, acc, add);
     else
-      packed_product<T, kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>, acc);
+      packed_product<T, kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>, acc, add);
   }
 
  private:
@@ -76,10 +76,14 @@ class ColumnWeights {
   }
   // acc[row][unit of the panel]
   void multiply(const T* const* a, int rows, int64_t panel, T* acc) const {
-    if (in_place(panel))
-      packed_product<T, kVectors>(a, rows, K_, weights_ + panel * kUnits, units_, acc);
-    else
-      packed_product<T, kVectors>(a, rows, K_, packed(panel), kUnits, acc);
+    multiply(a, rows, 0, K_, panel, acc);
+  }
+  // The part of the sums from k0 on, of K products: added to acc unless k0 is 0. a: the rows from there on.
+  void multiply(const T* const* a, int rows, int64_t k0, int64_t K, int64_t panel, T* acc) const {
+    const bool here = in_place(panel);
+    const int64_t stride = here ? units_ : kUnits;
+    const T* from = here ? weights_ + panel * kUnits : packed(panel);
+    packed_product<T, kVectors>(a, rows, K, from + k0 * stride, stride, acc, k0 > 0);
   }
 
  private:
