@@ -111,29 +111,10 @@ __attribute__((noinline)) void packed_product_of(const Rows<BFloat16, kRows>& fa
     for (int l = 0; l < kLanes; ++l) _mm512_storeu_ps(acc + (r * kLanes + l) * 16, sums[r][l]);
 }
 
-FRNN_HD Vec<float> dot_products(const BFloat16* a, int64_t K, const BFloat16* weights, int64_t rows) {
-  const BFloat16* w[16];
-  __m512 sums[16];
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) {
-    w[j] = weights + (j < rows ? j : rows - 1) * K;
-    sums[j] = _mm512_setzero_ps();
-  }
-  int64_t k = 0;
-  for (; k + 32 <= K; k += 32) {
-    const __m512bh x = load_pairs(a + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) sums[j] = _mm512_dpbf16_ps(sums[j], load_pairs(w[j] + k), x);
-  }
-  if (k < K) {
-    const __m512bh x = load_pairs(a + k, K - k);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) sums[j] = _mm512_dpbf16_ps(sums[j], load_pairs(w[j] + k, K - k), x);
-  }
-  Vec<float> vectors[16];
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) vectors[j] = Vec<float>((Vec<float>::Native)sums[j]);
-  return sums_of(vectors);
+FRNN_HD __m512bh load_factors(const BFloat16* p) { return load_pairs(p); }
+FRNN_HD __m512bh load_factors(const BFloat16* p, int64_t n) { return load_pairs(p, n); }
+FRNN_HD void add_products(Vec<float>& sums, __m512bh a, __m512bh b) {
+  sums.v = (Vec<float>::Native)_mm512_dpbf16_ps((__m512)sums.v, a, b);
 }
 
 // weights [kGates * gate_rows, K] -> panel [(K + 1) / 2][gate][kVectors * 16][2], zero beyond K. See product.h.

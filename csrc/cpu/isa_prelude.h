@@ -14,4 +14,5 @@
 #include "../args.h"
 #include "kernels.h"
 #include "plan.h"
+#include "scratch.h"
 #include "team.h"

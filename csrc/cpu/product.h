@@ -101,47 +101,91 @@ void packed_product_of_columns(const T* a, int rows, int64_t K, const T* weights
   });
 }
 
-// One row a times a vector's worth of rows of weights, K apart: their dot products. Rows from `rows` on repeat the
-// last one; the caller drops what they give.
+// What a dot product reads at a time: a vector of numbers of k; bfloat16.h has those of pairs.
 template <class T>
-FRNN_HD Vec<T> dot_products(const T* a, int64_t K, const T* weights, int64_t rows) {
-  using V = Vec<T>;
-  const T* w[V::kSize];
-  V sums[V::kSize];
-#pragma GCC unroll 16
-  for (int j = 0; j < V::kSize; ++j) {
-    w[j] = weights + (j < rows ? j : rows - 1) * K;
-    sums[j] = V(T(0));
-  }
-  int64_t k = 0;
-  for (; k + V::kSize <= K; k += V::kSize) {
-    const V x = load(a + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < V::kSize; ++j) sums[j].v += load(w[j] + k).v * x.v;
-  }
-  if (k < K) {
-    const int n = static_cast<int>(K - k);
-    const V x = load(a + k, n);
-#pragma GCC unroll 16
-    for (int j = 0; j < V::kSize; ++j) sums[j].v += load(w[j] + k, n).v * x.v;
-  }
-  return sums_of(sums);
+FRNN_HD Vec<T> load_factors(const T* p) {
+  return load(p);
+}
+template <class T>
+FRNN_HD Vec<T> load_factors(const T* p, int64_t n) {
+  return load(p, static_cast<int>(n));
+}
+template <class T>
+FRNN_HD void add_products(Vec<T>& sums, Vec<T> a, Vec<T> b) {
+  sums.v += a.v * b.v;
 }
 
-// acc[r][gate][u] = a[r] . weights[gate * gate_rows + first + u] for the kVectors * kSize units u of a panel.
-// weights: [gates * gate_rows, K].
+// Dot products of kRows rows a with kUnits rows of weights, K apart: sums[r][u], each a vector of partial sums. Rows of
+// weights from `units` on repeat the last one; the caller drops what they give.
+template <int kRows, int kUnits, class T>
+FRNN_HD void dot_products(const T* const* a, int64_t K, const T* weights, int64_t units,
+                          Vec<Accumulate<T>> (&sums)[kRows][kUnits]) {
+  constexpr int64_t kStep = Vec<Accumulate<T>>::kSize * kDepth<T>;
+  const T* w[kUnits];
+#pragma GCC unroll 16
+  for (int u = 0; u < kUnits; ++u) {
+    w[u] = weights + (u < units ? u : units - 1) * K;
+    for (int r = 0; r < kRows; ++r) sums[r][u] = Vec<Accumulate<T>>(0);
+  }
+  const auto add = [&](int64_t k, auto... n) {
+    decltype(load_factors(a[0])) x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] = load_factors(a[r] + k, n...);
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnits; ++u) {
+      const auto y = load_factors(w[u] + k, n...);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) add_products(sums[r][u], y, x[r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= K; k += kStep) add(k);
+  if (k < K) add(k, K - k);
+}
+
+// The units of one product, and the rows: as many sums as registers hold beside the operands. A row alone waits for its
+// weights, and reads a whole vector of units side by side.
+constexpr int kDotUnits = 4, kDotRows = kRegisters == 32 ? 6 : 3;
+
+// acc[r][gate][u] = a[r] . weights[gate * gate_rows + first + u] for the kVectors * kSize units u of a panel, or, with
+// `add`, acc[r][gate][u] += ... weights: [gates * gate_rows, K].
 template <class T, int kGates, int kVectors>
 void direct_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t gate_rows,
                     int64_t first, Accumulate<T>* acc, bool add) {
-  constexpr int kSize = Vec<Accumulate<T>>::kSize;
-  for (int r = 0; r < rows; ++r)
-    for (int g = 0; g < kGates; ++g)
-      for (int v = 0; v < kVectors && first + v * kSize < gate_rows; ++v) {
-        const int64_t row = first + v * kSize;
-        Accumulate<T>* to = acc + ((r * kGates + g) * kVectors + v) * kSize;
-        const auto sums = dot_products(a[r], K, weights + (g * gate_rows + row) * K, gate_rows - row);
-        store(to, add ? load(to) + sums : sums);
+  using V = Vec<Accumulate<T>>;
+  constexpr int kSize = V::kSize, kUnits = kDotUnits < kSize ? kDotUnits : kSize;
+  const int tiles = (rows + kDotRows - 1) / kDotRows;
+  for (int g = 0; g < kGates; ++g)
+    for (int v = 0; v < kVectors && first + v * kSize < gate_rows; ++v) {
+      const int64_t row = first + v * kSize;
+      const T* w = weights + (g * gate_rows + row) * K;
+      V parts[kMaxTileRows][kSize / kUnits];
+      if (rows == 1) {
+        V sums[1][kSize];
+        dot_products(a, K, w, gate_rows - row, sums);
+        parts[0][0] = sums_of<kSize>(sums[0]);
+      } else {
+        for (int u = 0; u < kSize; u += kUnits) {
+          // Behind the last unit any row will do.
+          const int64_t from = row + u < gate_rows ? u : 0;
+          for (int tile = 0; tile < tiles; ++tile) {
+            const int r0 = rows * tile / tiles;
+            with_rows<kDotRows>(rows * (tile + 1) / tiles - r0, [&](auto count) {
+              constexpr int kRows = decltype(count)::value;
+              V sums[kRows][kUnits];
+              dot_products(a + r0, K, w + from * K, gate_rows - row - from, sums);
+#pragma GCC unroll 8
+              for (int r = 0; r < kRows; ++r) parts[r0 + r][u / kUnits] = sums_of<kUnits>(sums[r]);
+            });
+          }
+        }
+        for (int r = 0; r < rows; ++r) parts[r][0] = sums_of<kSize / kUnits>(parts[r]);
       }
+      for (int r = 0; r < rows; ++r) {
+        Accumulate<T>* to = acc + ((r * kGates + g) * kVectors + v) * kSize;
+        store(to, add ? load(to) + parts[r][0] : parts[r][0]);
+      }
+    }
 }
 
 // weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on. Places of units
@@ -150,21 +194,22 @@ template <int kGates, int kVectors, class T>
 void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T* panel) {
   using V = Vec<T>;
   constexpr int kSize = V::kSize;
-  for (int64_t k = 0; k < K; k += kSize) {
-    const int columns = static_cast<int>(K - k < kSize ? K - k : kSize);
-    for (int g = 0; g < kGates; ++g)
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t rows = gate_rows - first - v * kSize;
-        const T* w = weights + (g * gate_rows + (rows > 0 ? first + v * kSize : gate_rows - 1)) * K + k;
+  // Gate by gate: the memory system follows sixteen rows side by side, not those of all gates.
+  for (int g = 0; g < kGates; ++g)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t rows = gate_rows - first - v * kSize;
+      const T* w = weights + (g * gate_rows + (rows > 0 ? first + v * kSize : gate_rows - 1)) * K;
+      for (int64_t k = 0; k < K; k += kSize) {
+        const int columns = static_cast<int>(K - k < kSize ? K - k : kSize);
         V square[kSize];
 #pragma GCC unroll 16
         for (int u = 0; u < kSize; ++u)
-          square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K, columns);
+          square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K + k, columns);
         transpose(square);
         for (int c = 0; c < columns; ++c)
           store(panel + (((k + c) * kGates + g) * kVectors + v) * kSize, square[c]);
       }
-  }
+    }
 }
 
 // weights [K, columns], row stride `stride` -> panel [K][kVectors * kSize] of the columns from `first` on, zero beyond.

@@ -147,15 +147,15 @@ FRNN_HD Vec<T> pair_sums(Vec<T> a, Vec<T> b, std::integer_sequence<I, k...>) {
          __builtin_shuffle(a.v, b.v, NativeInt{(2 * k + 1)...});
 }
 
-// As many vectors as one has values -> one vector of their sums, in a fixed order of additions.
-template <class T>
+// kCount vectors -> one vector of their sums, kSize / kCount partial sums of each side by side, in a fixed order of
+// additions: kCount times as many of those make whole sums, in the same order.
+template <int kCount, class T>
 FRNN_HD Vec<T> sums_of(Vec<T>* x) {
-  constexpr int kSize = Vec<T>::kSize;
 #pragma GCC unroll 4
-  for (int count = kSize / 2; count > 0; count /= 2)
+  for (int count = kCount / 2; count > 0; count /= 2)
 #pragma GCC unroll 8
     for (int k = 0; k < count; ++k)
-      x[k] = pair_sums(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kSize>());
+      x[k] = pair_sums(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, Vec<T>::kSize>());
   return x[0];
 }
 

@@ -1,11 +1,8 @@
 // A weight matrix as the products of one scan see it: in panels of units, packed or as it lies.
 #pragma once
 
-#include <stdlib.h>
-
-#include <new>
-
 #include "schedule.h"
+#include "scratch.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -15,15 +12,16 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(count > 0 ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))
-                        : nullptr) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+      : block_(count > 0 ? take_scratch(static_cast<size_t>(count) * sizeof(T)) : ScratchBlock{nullptr, 0}) {}
+  ~Buffer() {
+    if (block_.data) keep_scratch(block_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
+  T* get() const { return static_cast<T*>(block_.data); }
 
  private:
-  T* data_;
+  ScratchBlock block_;
 };
 
 // [kGates * units, K], multiplied by rows of length K: a value for each gate of each unit. Torch's weight_hh.

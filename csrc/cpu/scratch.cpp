@@ -1,0 +1,67 @@
+// See scratch.h.
+#include "scratch.h"
+
+#include <algorithm>
+#include <new>
+
+namespace frnn {
+namespace {
+
+constexpr std::align_val_t kLine{64};
+
+// The blocks that a thread keeps, the last one that it was given first.
+class Kept {
+ public:
+  ~Kept() {
+    while (count_ > 0) drop_last();
+  }
+
+  // The smallest that is large enough, or none.
+  ScratchBlock take(size_t bytes) {
+    int best = -1;
+    for (int i = 0; i < count_; ++i)
+      if (blocks_[i].bytes >= bytes && (best < 0 || blocks_[i].bytes < blocks_[best].bytes)) best = i;
+    if (best < 0) return {nullptr, 0};
+    const ScratchBlock found = blocks_[best];
+    std::copy(blocks_ + best + 1, blocks_ + count_, blocks_ + best);
+    --count_;
+    bytes_ -= found.bytes;
+    return found;
+  }
+
+  void keep(ScratchBlock block) {
+    if (count_ == kMost) drop_last();
+    std::copy_backward(blocks_, blocks_ + count_, blocks_ + count_ + 1);
+    blocks_[0] = block;
+    ++count_;
+    bytes_ += block.bytes;
+    while (bytes_ > kKeptScratch) drop_last();
+  }
+
+ private:
+  // A scan has up to seven: weights and states of two directions, and the blocks of a sum over rows.
+  static constexpr int kMost = 8;
+
+  void drop_last() {
+    --count_;
+    bytes_ -= blocks_[count_].bytes;
+    ::operator delete(blocks_[count_].data, kLine);
+  }
+
+  ScratchBlock blocks_[kMost];
+  int count_ = 0;
+  size_t bytes_ = 0;
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+ScratchBlock take_scratch(size_t bytes) {
+  const ScratchBlock found = kept.take(bytes);
+  return found.data ? found : ScratchBlock{::operator new(bytes, kLine), bytes};
+}
+
+void keep_scratch(ScratchBlock block) noexcept { kept.keep(block); }
+
+}  // namespace frnn
