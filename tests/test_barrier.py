@@ -1,4 +1,4 @@
-"""The barrier between the threads of a kernel, under ThreadSanitizer and without."""
+"""What the CPU kernels' threads share and keep, in C++ and under sanitizers: their barrier, their scratch memory."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def test_no_member_passes_before_all_have_come(tmp_path: Path, sanitizer: str) -
     for members, rounds in ((2, 3000), (5, 1000)):
         done = run([program, str(members), str(rounds)])
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_thread_keeps_scratch_memory_up_to_its_bound(tmp_path: Path) -> None:
+    program = tmp_path / "scratch_bounds"
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=address,undefined"]
+    files = [ROOT / "tests/scratch_bounds.cpp", ROOT / "csrc/cpu/scratch.cpp"]
+    subprocess.run(["c++", *flags, *files, "-o", program], check=True)
+    done = run([program])
+    assert done.returncode == 0, done.stdout + done.stderr

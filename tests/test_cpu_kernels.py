@@ -40,6 +40,24 @@ def test_every_instruction_set_agrees_with_reference(cell: str, H: int, dtype: t
             torch.testing.assert_close(ours.double(), theirs, rtol=100 * eps, atol=20 * (H + 3) ** 0.5 * eps)
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("H", [66, 127, 200])
+def test_one_step_of_a_few_rows_agrees_with_reference(
+    cell: str, H: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Weights that are multiplied where they lie: tiles of every height, units and numbers that fill no vector."""
+    _C.set_isa(isa)
+    for B in (2, 3, 4, 5, 7, 8):
+        arguments = make_layer(cell, 1, B, H + 3, H, dtype=dtype)
+        exact = [a.double() if a is not None and a.is_floating_point() else a for a in arguments]
+        ours, theirs = ops.layer_forward(cell, *arguments, False)[0], reference.layer(cell, *exact)[0]
+        # Sums of 2 H + 3 products of order 1, each rounded.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.double(), theirs, rtol=8 * eps, atol=2 * H**0.5 * eps)
+
+
 @pytest.mark.parametrize("isa", _C.isas()[:2])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("proj", [0, 5])
@@ -50,7 +68,7 @@ def test_bfloat16_of_odd_sizes_agrees_with_reference(cell: str, H: int, proj: in
     _C.set_isa(isa)
     if proj and (cell != "lstm" or proj >= H):
         proj = 0
-    for T, B, I in ((1, 3, 7), (4, 6, 35), (3, 23, 3), (3, 23, 64)):
+    for T, B, I in ((1, 3, 7), (1, 7, 35), (4, 6, 35), (3, 23, 3), (3, 23, 64)):
         arguments = make_layer(cell, T, B, I, H, directions=2, packed=T > 1, proj=proj, dtype=torch.bfloat16)
         exact = [a.double() if a is not None and a.is_floating_point() else a for a in arguments]
         torch.set_num_threads(3 if B == 23 else 1)

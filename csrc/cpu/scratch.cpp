@@ -30,6 +30,7 @@ class Kept {
   }
 
   void keep(ScratchBlock block) {
+    if (block.bytes > kKeptScratch) return ::operator delete(block.data, kLine);
     if (count_ == kMost) drop_last();
     std::copy_backward(blocks_, blocks_ + count_, blocks_ + count_ + 1);
     blocks_[0] = block;
