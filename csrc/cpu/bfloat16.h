@@ -76,7 +76,7 @@ FRNN_HD __m512bh every_unit_last(const BFloat16* last) { return (__m512bh)_mm512
 
 // acc[r][l] = sum over k of a.at(r, k) * weights[k / 2 * stride + l * 32 + k % 2 ...], or, with `add`, acc[r][l] += ...
 // One running sum: float32's rounding is nothing beside that of the operands.
-template <int kLanes, int kRows, int64_t kLongest, class T>
+template <int kLanes, int kRows, int64_t kLongest, class T, int kAccLanes>
 __attribute__((noinline)) void packed_product_of(const Rows<BFloat16, kRows>& factors, int64_t K,
                                                  const BFloat16* weights, int64_t stride, float* acc,
                                                  bool add) {

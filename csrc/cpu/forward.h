@@ -21,7 +21,7 @@ CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
   p.gates = gates;
   p.threads = threads;
   p.units_per_panel = vectors * Vec<Accumulate<S>>::kSize;
-  p.tile_rows = tile_rows(gates * vectors);
+  p.tile_rows = tile_rows(pass_lanes(gates * vectors));
   p.itemsize = sizeof(S);
   return p;
 }
@@ -32,7 +32,7 @@ class ForwardDirectionScan {
   using T = Accumulate<S>;
   static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
   static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
-  static constexpr int kTileRows = tile_rows(kGates * kVectors);
+  static constexpr int kTileRows = tile_rows(pass_lanes(kGates * kVectors));
   static constexpr int kProjVectors = 2;
   // Whether a gate adds up its two sides: then their products need not be told apart.
   static constexpr bool kOneSum = Cell::kGateGrads == kGates;

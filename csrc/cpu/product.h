@@ -1,7 +1,7 @@
 // The products of the scan: a tile of rows of h (or of dgates) times the weights of one panel of units. Two forms,
 // one result layout, acc[row][lane][unit of the vector]:
-//   packed: weights rearranged once a call as [k][lane][unit], so that a step reads them in order (bfloat16.h: pairs
-//   of k, [k/2][lane][unit][2]);
+//   packed: weights rearranged once a call as [k][lane][unit], or so for a part of the lanes after the other, so that a
+//   step reads them in order (bfloat16.h: pairs of k, [k/2][lane][unit][2]);
 //   direct: weights as torch lays them out, for calls too short to repay the packing.
 #pragma once
 
@@ -18,6 +18,10 @@ constexpr int tile_rows(int lanes) {
   const int rows = (kRegisters - (kRegisters == 32 ? lanes + 1 : 3)) / lanes;
   return rows < kMaxTileRows ? rows : kMaxTileRows;
 }
+
+// The lanes that pass over the weights together. With few registers four of them would leave room for three rows, and the
+// weights would come from L2 for every three: half of them for six rows is half as much.
+constexpr int pass_lanes(int lanes) { return kRegisters == 16 && lanes == 4 ? 2 : lanes; }
 
 // A single running sum over a long k loses accuracy; partial sums of this many products keep the error at the level
 // of torch's matrix products. Those are more accurate for few rows, where short sums cost nothing here either: such a
@@ -43,7 +47,7 @@ struct Columns {
 
 // acc[r][l] = sum over k of a.at(r, k) * weights[k * stride + l * kSize ...], or, with `add`, acc[r][l] += ...
 // Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
-template <int kLanes, int kRows, int64_t kLongest, class T, class Factors>
+template <int kLanes, int kRows, int64_t kLongest, class T, int kAccLanes = kLanes, class Factors>
 __attribute__((noinline)) void packed_product_of(const Factors& factors, int64_t K, const T* weights,
                                                  int64_t stride, T* acc, bool add) {
   using V = Vec<T>;
@@ -70,7 +74,7 @@ __attribute__((noinline)) void packed_product_of(const Factors& factors, int64_t
     }
     for (int r = 0; r < kRows; ++r)
       for (int l = 0; l < kLanes; ++l) {
-        T* to = acc + (r * kLanes + l) * V::kSize;
+        T* to = acc + (r * kAccLanes + l) * V::kSize;
         store(to, k0 == 0 && !add ? sums[r][l] : load(to) + sums[r][l]);
       }
   }
@@ -87,9 +91,12 @@ FRNN_HD void with_rows(int rows, F&& f) {
 template <class T, int kLanes, int64_t kLongest = kStateSum>
 void packed_product(const T* const* a, int rows, int64_t K, const T* weights, int64_t stride,
                     Accumulate<T>* acc, bool add = false) {
-  with_rows<tile_rows(kLanes)>(rows, [&](auto count) {
+  constexpr int kPass = pass_lanes(kLanes), kPassSize = Vec<Accumulate<T>>::kSize;
+  with_rows<tile_rows(kPass)>(rows, [&](auto count) {
     constexpr int kRows = decltype(count)::value;
-    packed_product_of<kLanes, kRows, kLongest, T>(Rows<T, kRows>(a), K, weights, stride, acc, add);
+    for (int l = 0; l < kLanes; l += kPass)
+      packed_product_of<kPass, kRows, kLongest, T, kLanes>(Rows<T, kRows>(a), K, weights + l * K * kPassSize,
+                                                           stride * kPass / kLanes, acc + l * kPassSize, add);
   });
 }
 // The rows are columns of `a`, kStride apart in k.
@@ -188,8 +195,8 @@ void direct_product(const T* const* a, int rows, int64_t K, const T* weights, in
     }
 }
 
-// weights [kGates * gate_rows, K] -> panel [K][gate][kVectors * kSize] of the units from `first` on. Places of units
-// beyond the last repeat it; what they give is dropped.
+// weights [kGates * gate_rows, K] -> panel [pass][K][lanes of a pass][kSize] of the units from `first` on, where lanes are
+// [gate][kVectors]. Places of units beyond the last repeat it; what they give is dropped.
 template <int kGates, int kVectors, class T>
 void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T* panel) {
   using V = Vec<T>;
@@ -197,6 +204,8 @@ void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T*
   // Gate by gate: the memory system follows sixteen rows side by side, not those of all gates.
   for (int g = 0; g < kGates; ++g)
     for (int v = 0; v < kVectors; ++v) {
+      constexpr int kPass = pass_lanes(kGates * kVectors);
+      const int l = g * kVectors + v;
       const int64_t rows = gate_rows - first - v * kSize;
       const T* w = weights + (g * gate_rows + (rows > 0 ? first + v * kSize : gate_rows - 1)) * K;
       for (int64_t k = 0; k < K; k += kSize) {
@@ -207,7 +216,7 @@ void pack_rows(const T* weights, int64_t gate_rows, int64_t K, int64_t first, T*
           square[u] = load(w + (u < rows ? u : rows > 0 ? rows - 1 : 0) * K + k, columns);
         transpose(square);
         for (int c = 0; c < columns; ++c)
-          store(panel + (((k + c) * kGates + g) * kVectors + v) * kSize, square[c]);
+          store(panel + ((l / kPass * K + k + c) * kPass + l % kPass) * kSize, square[c]);
       }
     }
 }
