@@ -4,6 +4,14 @@
 #include <algorithm>
 #include <new>
 
+// Under AddressSanitizer nothing may touch a kept block, nor of one in use more than was asked for.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(data, bytes) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(data, bytes) static_cast<void>(0)
+#endif
+
 namespace frnn {
 namespace {
 
@@ -17,7 +25,7 @@ class Kept {
   }
 
   // The smallest that is large enough, or none.
-  ScratchBlock take(size_t bytes) {
+  ScratchBlock take(size_t bytes) noexcept {
     int best = -1;
     for (int i = 0; i < count_; ++i)
       if (blocks_[i].bytes >= bytes && (best < 0 || blocks_[i].bytes < blocks_[best].bytes)) best = i;
@@ -26,12 +34,14 @@ class Kept {
     std::copy(blocks_ + best + 1, blocks_ + count_, blocks_ + best);
     --count_;
     bytes_ -= found.bytes;
+    ASAN_UNPOISON_MEMORY_REGION(found.data, bytes);
     return found;
   }
 
-  void keep(ScratchBlock block) {
+  void keep(ScratchBlock block) noexcept {
     if (block.bytes > kKeptScratch) return ::operator delete(block.data, kLine);
     if (count_ == kMost) drop_last();
+    ASAN_POISON_MEMORY_REGION(block.data, block.bytes);
     std::copy_backward(blocks_, blocks_ + count_, blocks_ + count_ + 1);
     blocks_[0] = block;
     ++count_;
@@ -43,10 +53,11 @@ class Kept {
   // A scan has up to seven: weights and states of two directions, and the blocks of a sum over rows.
   static constexpr int kMost = 8;
 
-  void drop_last() {
-    --count_;
-    bytes_ -= blocks_[count_].bytes;
-    ::operator delete(blocks_[count_].data, kLine);
+  void drop_last() noexcept {
+    const ScratchBlock last = blocks_[--count_];
+    bytes_ -= last.bytes;
+    ASAN_UNPOISON_MEMORY_REGION(last.data, last.bytes);
+    ::operator delete(last.data, kLine);
   }
 
   ScratchBlock blocks_[kMost];
