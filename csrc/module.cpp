@@ -168,15 +168,7 @@ void describe(py::dict& result, const std::string& prefix, const frnn::CudaProbl
   put("modelled_step_ns", std::llround(plan.cost.step));
   put("modelled_total_ns", std::llround(plan.cost.total(p.T)));
   std::string why = plan.why;
-  if (plan.preferred != plan.strategy) {
-    const std::string preferred = frnn::strategy_name(plan.preferred);
-    put("preferred", preferred);
-    put("preferred_step_ns", std::llround(plan.preferred_cost.step));
-    why = "would choose " + preferred + " (not yet measured: " + frnn::strategy_name(plan.strategy) +
-          " is used); " + why;
-  } else if (plan.obstacle) {
-    why += std::string("; not persistent: ") + plan.obstacle;
-  }
+  if (plan.obstacle) why += std::string("; not persistent: ") + plan.obstacle;
   put("floor_step_ns", std::llround(frnn::floor_of_step(p)));
   put("why", why);
 }

@@ -24,7 +24,8 @@ def force_plan(strategy: str) -> Iterator[None]:
               float16, bfloat16 and float32 with TF32, without a projection, up to the hidden size that fits
             - ``"persistent"``: whichever of these three is expected to be the fastest
 
-            A pass that a strategy cannot run takes the one that it would take otherwise.
+            A pass that a strategy cannot run takes the one that it would take otherwise. Persistent kernels that are
+            asked for run without the check of their first use.
             ``fused-rnn-bench explain --device cuda`` says which one that is, and why.
 
     Raises:

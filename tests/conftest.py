@@ -65,7 +65,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device to compute on, once per CPU instruction set: for tests of numbers."""
     device, isa = request.param
     if device == "emulated":
-        with emulated.in_place_of_the_cpu():
+        # One without tensor cores: persistent kernels have tests of their own.
+        with emulated.in_place_of_the_cpu(), emulated.a_gpu(arch=75):
             yield "cpu"
         return
     if isa is not None:

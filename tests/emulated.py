@@ -47,7 +47,9 @@ def load() -> SimpleNamespace:
     runtime.frnn_emulation_schedule.restype = ctypes.c_uint64
     runtime.frnn_emulation_force_strategy.argtypes = [ctypes.c_char_p]
     runtime.frnn_emulation_force_strategy.restype = ctypes.c_bool
-    runtime.frnn_emulation_plan_for.argtypes = [ctypes.c_int, ctypes.c_int64]
+    runtime.frnn_emulation_plan_for.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    runtime.frnn_emulation_break.argtypes = [ctypes.c_bool, ctypes.c_bool]
+    runtime.frnn_emulation_set_capturing.argtypes = [ctypes.c_bool]
     registered = torch.ops.fused_rnn_emulated
     operators = {name: getattr(registered, name).default for name in (*OPERATORS, "layer_with_reset")}
     return SimpleNamespace(operators=SimpleNamespace(**operators), runtime=runtime)
@@ -73,6 +75,44 @@ def forced(strategy: str) -> Iterator[None]:
         yield
     finally:
         force(None)
+
+
+@contextlib.contextmanager
+def a_gpu(*, arch: int = 90, multiprocessors: int = 132, planned: int = 0, memory: int = 0) -> Iterator[None]:
+    """The emulated GPU of this size, and what the planner takes it for: an architecture, so many multiprocessors, so
+    much memory. In it as after it, no persistent kernel has been checked yet."""
+    runtime = load().runtime
+    runtime.frnn_emulation_set_multiprocessors(multiprocessors)
+    runtime.frnn_emulation_plan_for(arch, planned, memory)
+    runtime.frnn_emulation_forget_checks()
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_set_multiprocessors(132)
+        runtime.frnn_emulation_plan_for(90, 0, 0)
+        runtime.frnn_emulation_forget_checks()
+
+
+@contextlib.contextmanager
+def broken(*, messages: bool = False, products: bool = False) -> Iterator[None]:
+    """An emulated GPU that loses the messages between blocks, or whose matrix instructions are wrong."""
+    runtime = load().runtime
+    runtime.frnn_emulation_break(messages, products)
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_break(False, False)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """As if every stream were being captured in a CUDA graph."""
+    runtime = load().runtime
+    runtime.frnn_emulation_set_capturing(True)
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_set_capturing(False)
 
 
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,7 +117,7 @@ class Layer:
         )
         offsets, exchange = self.upload(torch.tensor(self.offsets)), self.exchange(FORWARD, tile)
         for first, last in zip((0, *cuts), (*cuts, T), strict=True):
-            words = [T, first, last, B, H, D, at(offsets) if self.packed else 0, exchange]
+            words = [T, first, last, B, H, D, at(offsets) if self.packed else 0, exchange, 0]
             for d in range(2):
                 if d >= D:
                     words += [0] * 14
@@ -144,7 +144,7 @@ class Layer:
         carry = self.upload(self.grad_cn.float() if lstm else torch.zeros(D, B, H))
         dgates, previous = self.empty(D, N, K * H), self.empty(D, N, H)
         offsets = at(self.upload(torch.tensor(self.offsets))) if self.packed else 0
-        words = [T, B, H, D, offsets, self.exchange(BACKWARD, tile), 1]
+        words = [T, B, H, D, offsets, self.exchange(BACKWARD, tile), 0, 1]
         for d in range(2):
             if d >= D:
                 words += [0] * 13

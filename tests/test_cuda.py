@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+import fused_rnn
 from fused_rnn import ops
 
 pytestmark = pytest.mark.cuda
@@ -284,11 +285,13 @@ def allocations(call: Callable[[], object]) -> tuple[int, int]:
 @dtypes
 def test_inference_needs_no_memory_that_grows_with_the_sequence(kind, dtype):
     """Beyond the output. 4000 steps more would be 33 MB more of the narrowest thing that could be kept for a step; the
-    allocator gives out blocks that are up to a megabyte too large."""
+    allocator gives out blocks that are up to a megabyte too large. Of the step kernels: a persistent one takes up to a
+    thousandth of the GPU's memory, as far as the sequence needs it."""
     module = make(kind, 64, 256, dtype=dtype, num_layers=1, bidirectional=False)
     short, long = make_input(module, 2000, 16), make_input(module, 6000, 16)
-    _, for_short = allocations(lambda: outputs(module, short))
-    _, for_long = allocations(lambda: outputs(module, long))
+    with fused_rnn.force_plan("step"):
+        _, for_short = allocations(lambda: outputs(module, short))
+        _, for_long = allocations(lambda: outputs(module, long))
     assert for_long - for_short < 8 << 20
 
 
@@ -304,7 +307,7 @@ def test_nothing_is_allocated_in_the_loop_over_time(kind, dtype, batch, training
         call = (lambda: run(module, x, hx)) if training else (lambda: outputs(module, x, hx))
         return allocations(call)[0]
 
-    assert count(5) == count(50)
+    assert count(50) == count(95)  # by the same strategy
 
 
 # ---------------------------------------------------------------------------------------------------- errors, devices

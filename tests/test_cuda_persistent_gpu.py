@@ -28,8 +28,9 @@ from test_cuda import captured, cloned, launches, outputs, redraw
 from test_cuda_persistent_scan import EPS, TF32, as_good_as_steps, errors, gradients_like, problem
 from test_cuda_small import draw_twins, run_on
 from test_ops import CELLS, wanted_bits
+from torch.profiler import ProfilerActivity, profile
 
-from fused_rnn import ops
+from fused_rnn import _C, ops
 
 KINDS = (RNN, RNN_RELU, GRU, LSTM)
 STEPS = {"step", "step_fused"}
@@ -256,6 +257,67 @@ def test_two_streams_of_persistent_kernels(pair):
     for *_, expected, _, found in calls:
         assert all(same_bits(list(f.values()), list(expected.values())) for f in found)
         assert not any(value.isnan().any() for value in expected.values())
+
+
+# ---------------------------------------------------------------------------------------------------- first use
+
+WARNING = "fused_rnn: on its first use"
+
+
+def unforced(cell: str, H: int):
+    """A layer of a hidden size that no other test has, so that its first use is here; and both of its passes."""
+    inputs = GPU.put(problem(cell, 60, 9, 5, H, directions=2, dtype=torch.bfloat16))
+
+    def call() -> list[torch.Tensor | None]:
+        output, hn, cn, saved = ops.layer_forward(cell, *inputs, True)
+        gradients = [torch.ones_like(output), None, None]
+        found = ops.layer_backward(cell, *gradients, *inputs, output, saved, wanted_bits(inputs))
+        return [output, hn, cn, *found]
+
+    plan = _C.plan(cell=cell, dtype="bf16", T=60, B=9, I=5, H=H, directions=2, training=True)
+    return call, [plan["strategy"], plan["backward_strategy"]]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("H", [93, 237, 541])
+@cells
+def test_a_kernel_that_agrees_is_what_runs(cell, H, capfd):
+    """The first call launches step kernels too, to check; the second none. What runs is what force_plan gives."""
+    with GPU.open():
+        call, strategies = unforced(cell, H)
+        if not set(strategies) <= set(TIERS):
+            pytest.skip(f"this GPU runs it by {strategies}")
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            first = call()
+            GPU.finish(f"the check of {cell}")
+        checked = [event.name for event in profiler.events() if "frnn::" in event.name]
+        _, on_gpu = launches(call)
+        with GPU.forced("persistent"):
+            expected = call()
+        assert WARNING not in capfd.readouterr().err
+        assert any("step_" in name for name in checked) and any("persistent_" in name for name in checked)
+        ran = [name for name in on_gpu if "frnn::" in name]
+        assert ran and all("persistent_" in name for name in ran)
+        assert same_bits(first, expected)
+
+
+@pytest.mark.cuda
+@cells
+def test_nothing_is_checked_while_a_graph_is_captured(cell):
+    """Steps are captured; the first call afterwards checks, and persistent kernels run."""
+    with GPU.open():
+        call, strategies = unforced(cell, 101)
+        with GPU.forced("step"):
+            steps = call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        graph.replay()
+        GPU.finish(f"a graph of {cell}")
+        assert same_bits(found, steps)
+        call()
+        _, on_gpu = launches(call)
+    assert any("persistent_" in name for name in on_gpu) == bool(set(strategies) & set(TIERS))
 
 
 # ---------------------------------------------------------------------------------------------------- soak

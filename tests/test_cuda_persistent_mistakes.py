@@ -40,8 +40,8 @@ MISTAKES = {
     "cluster: sends what is being staged": Mistake(
         "cluster",
         "exchange.cuh",
-        "    __syncthreads();\n    if (more && threadIdx.x < replica_.blocks)",
-        "    if (more && threadIdx.x < replica_.blocks)",
+        "    __syncthreads();\n    if (is_given_up(gave_up_)) return;",
+        "    if (is_given_up(gave_up_)) return;",
     ),
     "cluster: overwrites what is being read": Mistake(
         "cluster", "exchange.cuh", "if (threadIdx.x == 0 && message_ > 0)", "if (false)"
@@ -49,20 +49,20 @@ MISTAKES = {
     "cluster: expects no bytes": Mistake(
         "cluster",
         "exchange.cuh",
-        "if (threadIdx.x == 0) mbarrier_arrive_expect(&full_[tile], message_bytes_);",
+        "if (threadIdx.x == 0 && !is_given_up(gave_up_)) mbarrier_arrive_expect(&full_[tile], message_bytes_);",
         "if (threadIdx.x == 0) mbarrier_arrive(&full_[tile]);",
     ),
     "cluster: expects too few bytes": Mistake(
         "cluster",
         "exchange.cuh",
-        "if (threadIdx.x == 0) mbarrier_arrive_expect(&full_[tile], message_bytes_);",
+        "if (threadIdx.x == 0 && !is_given_up(gave_up_)) mbarrier_arrive_expect(&full_[tile], message_bytes_);",
         "if (threadIdx.x == 0) mbarrier_arrive_expect(&full_[tile], message_bytes_ - 16);",
     ),
     "cluster: waits for the wrong phase": Mistake(
         "cluster",
         "exchange.cuh",
-        "mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2);",
-        "mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2 ^ 1);",
+        "mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2, gave_up_);",
+        "mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2 ^ 1, gave_up_);",
     ),
     "grid: takes what is there": Mistake(
         "grid",

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import emulated
 import pytest
 import torch
-from emulated import forced
+from emulated import a_gpu, forced
 from test_cuda_step import reset_layer
 from test_ops import CELLS, gradients_by_reference, make_layer, wanted_bits
 from torch import Tensor
@@ -39,19 +38,6 @@ def emulation() -> Iterator[None]:
     with emulated.unfair_schedules(), emulated.in_place_of_the_cpu():
         yield
     torch.backends.cudnn.rnn.fp32_precision = before
-
-
-@contextmanager
-def a_gpu(*, multiprocessors: int = 132, planned: int = 0, memory: int = 0) -> Iterator[None]:
-    """The emulated GPU of this size, and what the planner takes it for: so many multiprocessors, so much memory."""
-    runtime = emulated.load().runtime
-    runtime.frnn_emulation_set_multiprocessors(multiprocessors)
-    runtime.frnn_emulation_plan_for(planned, memory)
-    try:
-        yield
-    finally:
-        runtime.frnn_emulation_set_multiprocessors(132)
-        runtime.frnn_emulation_plan_for(0, 0)
 
 
 def problem(cell: str, *sizes: int, dtype: torch.dtype, **options: bool | int) -> Arguments:

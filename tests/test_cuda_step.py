@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def emulation() -> Iterator[None]:
-    with emulated.unfair_schedules(), emulated.in_place_of_the_cpu():
+    with emulated.unfair_schedules(), emulated.in_place_of_the_cpu(), emulated.a_gpu(arch=75):
         yield
 
 

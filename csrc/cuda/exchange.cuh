@@ -9,11 +9,12 @@
 //               lies between a receive() and the put() that follows; see Exchange::block for the exception
 //   send()      after the last put(); `more`: another message will follow
 //   receive()   the next tile, for all threads
+//   finish()    after the last step
 // Messages are counted from 0; all blocks of a replica send and receive equally many.
 #pragma once
 
-#include "ptx_exchange.cuh"
 #include "tile.cuh"
+#include "wait.cuh"
 
 namespace frnn {
 
@@ -33,6 +34,7 @@ struct ExchangeMemory {
   T* staged;            // [8 * columns][V][units of the block]
   uint64_t* mbarriers;  // [4]
   void* messages;       // global, tile_exchange_bytes
+  unsigned* gave_up;    // global, or null; see gives_up()
   int64_t B;
 };
 
@@ -91,6 +93,7 @@ class StateExchange<Exchange::block, T, V, kGroups> {
     ++message_;
     return tiles_.at(message_ % 2, 0, 0, 0);
   }
+  __device__ __forceinline__ void finish() const {}
   __device__ __forceinline__ int vector() const { return tiles_.vector; }
 
  private:
@@ -110,13 +113,16 @@ class StateExchange<Exchange::block, T, V, kGroups> {
 //
 // A block that exits has waited for all that anyone sends to it: for every message, and, before its last, for the arrivals
 // at `empty`, which nobody makes for a message that does not follow.
+//
+// Unless it has given up. Then its mbarriers are in phases that nobody can tell, so from then on it neither sends nor arrives
+// anywhere, and the others give up in their turn. It stays until they have, see finish().
 template <class T, int V, int kGroups>
 class StateExchange<Exchange::cluster, T, V, kGroups> {
  public:
   static constexpr int kTiles = 2;
   __device__ __forceinline__ StateExchange(const Replica& replica, const ExchangeMemory<T>& memory)
       : replica_(replica), tiles_(memory.tiles, replica, kTiles), staged_(memory.staged),
-        full_(memory.mbarriers), empty_(memory.mbarriers + kTiles),
+        full_(memory.mbarriers), empty_(memory.mbarriers + kTiles), gave_up_(memory.gave_up),
         peer_shift_(shift_for(replica.rows * V * kChunks)),
         message_bytes_(replica.rows * V * ((replica.H * static_cast<int>(sizeof(T)) + 15) / 16 * 16)) {
     // Units beyond H are staged by nobody, and sent.
@@ -146,8 +152,9 @@ class StateExchange<Exchange::cluster, T, V, kGroups> {
   __device__ __forceinline__ void send(bool more) const {
     const unsigned tile = (message_ + 1) % kTiles;
     if (threadIdx.x == 0 && message_ > 0)
-      mbarrier_wait<Reach::block>(&empty_[tile], (message_ - 1) / kTiles % 2);
+      mbarrier_wait<Reach::block>(&empty_[tile], (message_ - 1) / kTiles % 2, gave_up_);
     __syncthreads();
+    if (is_given_up(gave_up_)) return;          // by any thread of this block, or by another
     if (more && threadIdx.x < replica_.blocks)  // the other tile is multiplied
       mbarrier_arrive_after_reads(address_at_rank(shared_address(&empty_[message_ % kTiles]), threadIdx.x));
     // Each block begins with itself, so that not all store to the same one at once.
@@ -164,10 +171,19 @@ class StateExchange<Exchange::cluster, T, V, kGroups> {
   }
   __device__ __forceinline__ const T* receive() {
     const unsigned tile = (message_ + 1) % kTiles;
-    mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2);
-    if (threadIdx.x == 0) mbarrier_arrive_expect(&full_[tile], message_bytes_);
+    mbarrier_wait<Reach::stores>(&full_[tile], message_ / kTiles % 2, gave_up_);
+    if (threadIdx.x == 0 && !is_given_up(gave_up_)) mbarrier_arrive_expect(&full_[tile], message_bytes_);
     ++message_;
     return tiles_.at(tile, 0, 0, 0);
+  }
+  // In a check no block leaves before all have stopped sending, and what is on its way then has had the time of many round
+  // trips to arrive.
+  __device__ __forceinline__ void finish() const {
+    if (!gave_up_) return;
+    cluster_arrive();
+    cluster_wait();
+    if (!is_given_up(gave_up_)) return;
+    for (int i = 0; i < 64; ++i) __nanosleep(20000);
   }
   __device__ __forceinline__ int vector() const { return tiles_.vector; }
 
@@ -179,6 +195,7 @@ class StateExchange<Exchange::cluster, T, V, kGroups> {
   Tiles<T, V> tiles_;
   T* staged_;
   uint64_t *full_, *empty_;
+  unsigned* gave_up_;
   int peer_shift_;  // of what a peer is sent, chunk by chunk
   int message_bytes_;
   unsigned message_ = 0;
@@ -202,7 +219,7 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
  public:
   static constexpr int kTiles = 1;
   __device__ __forceinline__ StateExchange(const Replica& replica, const ExchangeMemory<T>& memory)
-      : replica_(replica), tiles_(memory.tiles, replica, kTiles) {
+      : replica_(replica), tiles_(memory.tiles, replica, kTiles), gave_up_(memory.gave_up) {
     const int words = (replica.H + kInWord<T> - 1) / kInWord<T>;
     // A thread reads two words at a time, and has the same place in every line.
     line_ = (words + 1) / 2 * 2;
@@ -211,8 +228,8 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
     first_line_ = threadIdx.x >> shift;
     lines_at_once_ = kTileThreads >> shift;
     alone_ = column_ + 1 == words;
-    half_ = memory.B * V * line_;
-    messages_ = static_cast<Message*>(memory.messages) + 2 * replica.direction * half_ +
+    half_ = static_cast<int>(memory.B) * V * line_;
+    messages_ = static_cast<Message*>(memory.messages) + int64_t{2} * replica.direction * half_ +
                 int64_t{replica.first_row} * V * line_;
   }
 
@@ -242,6 +259,7 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
       bool all;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) got[i][0].number = message_ - 1;
+      const unsigned start = clock_high();
       do {
         all = true;
 #pragma unroll
@@ -251,7 +269,7 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
           all = all && (first + i * lines_at_once_ >= lines || arrived(got[i]));
-      } while (!all);
+      } while (!all && !gives_up(start, gave_up_));
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int line = first + i * lines_at_once_;
@@ -263,6 +281,7 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
     __syncthreads();
     return initial();
   }
+  __device__ __forceinline__ void finish() const {}  // nobody reaches into another block's memory
   __device__ __forceinline__ int vector() const { return tiles_.vector; }
 
  private:
@@ -280,8 +299,9 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
   int line_;                                 // words of a vector, and perhaps one more
   int column_, first_line_, lines_at_once_;  // of the thread
   bool alone_;
-  int64_t half_;
-  Message* messages_;     // of the rows of this tile
+  int half_;  // of the messages of a direction; the rows are no more than the blocks of a whole GPU have
+  Message* messages_;  // of the rows of this tile
+  unsigned* gave_up_;
   unsigned message_ = 0;  // its number, in the messages themselves, is one more: they are zero at first
 };
 

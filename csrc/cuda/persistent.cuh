@@ -120,7 +120,7 @@ class SharedRoom {
 
 template <class T, int V, int kGroups, Exchange kExchange>
 __device__ __forceinline__ ExchangeMemory<T> take_exchange(SharedRoom& room, const Replica& replica,
-                                                           void* messages, int64_t B) {
+                                                           void* messages, unsigned* gave_up, int64_t B) {
   const int lines = 8 * replica.columns * V;
   ExchangeMemory<T> memory{};
   memory.tiles = room.take<T>(StateExchange<kExchange, T, V, kGroups>::kTiles * lines * replica.row);
@@ -129,6 +129,7 @@ __device__ __forceinline__ ExchangeMemory<T> take_exchange(SharedRoom& room, con
     memory.mbarriers = room.take<uint64_t>(4);
   }
   memory.messages = messages;
+  memory.gave_up = gave_up;
   memory.B = B;
   return memory;
 }

@@ -155,6 +155,8 @@ struct PersistentForward {
   const int64_t*
       offsets;     // [T+1], on the device: step t has the rows offsets[t] to offsets[t+1]; null: B each
   void* exchange;  // tile_exchange_bytes
+  unsigned*
+      gave_up;  // null, or zero, on the device: 1 afterwards if a block waited for another in vain. Null: it traps
   PersistentForwardDirection<T> direction[2];
 };
 
@@ -181,7 +183,8 @@ struct PersistentBackward {
   int64_t steps, B, H, D;
   const int64_t* offsets;  // as in the forward pass
   void* exchange;
-  bool wants_dh0;  // whether the last product is made: without it, dh is not written
+  unsigned* gave_up;  // as in the forward pass
+  bool wants_dh0;     // whether the last product is made: without it, dh is not written
   PersistentBackwardDirection<T> direction[2];
 };
 

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
     SharedRoom room;
     StateExchange<kExchange, T, G, kGroups> exchange(
-        replica, take_exchange<T, G, kGroups, kExchange>(room, replica, args.exchange, args.B));
+        replica, take_exchange<T, G, kGroups, kExchange>(room, replica, args.exchange, args.gave_up, args.B));
     const Reduction<kGroups, 1> reduction(room.take<float2>(Reduction<kGroups, 1>::size(columns)),
                                           seat.unit_group, seat.k_group);
     const typename Pairs::Inputs inputs(room.take<T>(Pairs::Inputs::kNumbers));
@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       }
     }
     pairs.store_state(args.wants_dh0);
+    exchange.finish();
   }
 }
 

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
     SharedRoom room;
     StateExchange<kExchange, T, 1, kGroups> exchange(
-        replica, take_exchange<T, 1, kGroups, kExchange>(room, replica, args.exchange, args.B));
+        replica, take_exchange<T, 1, kGroups, kExchange>(room, replica, args.exchange, args.gave_up, args.B));
     load_initial(exchange.initial(), replica, args);
     const Reduction<kGroups, G> reduction(room.take<float2>(Reduction<kGroups, G>::size(columns)),
                                           seat.unit_group, seat.k_group);
@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       Pairs::Inputs::end_round();
     }
     pairs.store_state();
+    exchange.finish();
   }
 }
 

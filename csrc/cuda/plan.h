@@ -85,11 +85,8 @@ struct CudaPlan {
   bool fuse_input;      // the kernel multiplies the input too
   int64_t chunk_steps;  // forward, otherwise: products over so many steps at a time, and a launch for each
   const char* why;
-  // What would be used if all strategies had been measured on a GPU, and, where that is none of the persistent ones,
-  // why.
-  Strategy preferred;
-  CudaCost preferred_cost;
-  const char* obstacle;
+  const char*
+      obstacle;  // why none of the persistent strategies; null: one was chosen, or others were asked for
 };
 
 // Forward and backward passes are planned apart: each can follow any other.

@@ -213,15 +213,6 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* mbarrier, unsigned p
   return false;
 #endif
 }
-template <Reach kReach>
-__device__ __forceinline__ void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
-#ifdef FRNN_EMULATION
-  frnn_emulation::mbarrier_wait(mbarrier, parity, static_cast<frnn_emulation::Wait>(kReach));
-#else
-  while (!mbarrier_try_wait<kReach>(mbarrier, parity)) {
-  }
-#endif
-}
 
 // A store of 4, 8 or 16 bytes, aligned to their number, that arrives some time later and then counts its bytes at an
 // mbarrier of the same block. Neither that block nor anything at the address may go away before.
@@ -385,6 +376,17 @@ __device__ __forceinline__ void store_release(T* address, T value) {
     memcpy(&bits, &value, sizeof(T));
     asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(bits) : "memory");
   }
+#endif
+}
+
+// The upper half of the multiprocessor's clock. %clock_hi.
+__device__ __forceinline__ unsigned clock_high() {
+#ifdef FRNN_EMULATION
+  return frnn_emulation::clock_high();
+#else
+  unsigned high;
+  asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(high));
+  return high;
 #endif
 }
 

@@ -15,6 +15,8 @@ void* current_stream(at::Device) { return nullptr; }
 CudaGpu planned_gpu = typical_gpu(90);
 CudaGpu gpu_of(at::Device) { return planned_gpu; }
 
+std::string gpu_name(at::Device) { return "emulated"; }
+
 int products = 0;
 
 void product(const Tensor& result, const Tensor& a, const Tensor& b) {
@@ -28,9 +30,9 @@ void product(const Tensor& result, const Tensor& a, const Tensor& b) {
 
 }  // namespace frnn
 
-// What plans take the GPU for; 0: as much as the emulation has.
-EXPORTED void frnn_emulation_plan_for(int multiprocessors, int64_t memory_bytes) {
-  frnn::planned_gpu = frnn::typical_gpu(90);
+// What plans take the GPU for, 90 for sm_90; 0: as much as such a GPU has.
+EXPORTED void frnn_emulation_plan_for(int arch, int multiprocessors, int64_t memory_bytes) {
+  frnn::planned_gpu = frnn::typical_gpu(arch);
   if (multiprocessors > 0) frnn::planned_gpu.multiprocessors = multiprocessors;
   if (memory_bytes > 0) frnn::planned_gpu.memory_bytes = memory_bytes;
 }

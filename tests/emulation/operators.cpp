@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/ops/cuda/trust.h"
 #include "../../csrc/ops/scan.h"
 #include "runtime/exported.h"
 
@@ -83,6 +84,9 @@ EXPORTED bool frnn_emulation_force_strategy(const char* name) {
     }
   return !name;
 }
+
+// As in a new process: persistent kernels are checked again.
+EXPORTED void frnn_emulation_forget_checks() { frnn::forget_checks(); }
 
 TORCH_LIBRARY(fused_rnn_emulated, m) {
   const auto same = [&m](const std::string& name, auto* function) {

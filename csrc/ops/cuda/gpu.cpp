@@ -32,6 +32,11 @@ CudaGpu gpu_of(at::Device device) {
   return gpus.at(device.index());
 }
 
+std::string gpu_name(at::Device device) {
+  CudaDevice found;
+  return cuda_device(device.index(), &found) ? "?" : found.name;
+}
+
 void product(const Tensor& result, const Tensor& a, const Tensor& b) {
   const RecurrentPrecision precision;
   Tensor out = result;

@@ -10,8 +10,9 @@ namespace frnn {
 // torch's current stream on this device, a cudaStream_t.
 void* current_stream(at::Device device);
 
-// What a plan depends on of this device.
+// What a plan depends on of this device, and its name.
 CudaGpu gpu_of(at::Device device);
+std::string gpu_name(at::Device device);
 
 // result = a b, or for each of a batch; sums in float32 or wider. `result` may be wider than 16-bit a and b.
 void product(const Tensor& result, const Tensor& a, const Tensor& b);

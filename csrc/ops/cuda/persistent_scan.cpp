@@ -28,30 +28,28 @@ struct Common {
   }
 
   template <class Args>
-  void fill(Args& args, const Shape& s) const {
+  void fill(Args& args, const Shape& s, const Tensor& gave_up) const {
     args.steps = s.T, args.B = s.B, args.H = s.H, args.D = s.D;
     args.offsets = input_at<int64_t>(offsets);
     args.exchange = output_at<char>(exchange);
+    args.gave_up = output_at<unsigned>(gave_up);
   }
 };
 
 }  // namespace
 
 template <class T>
-bool can_run(const Problem& p, Pass pass, const CudaPlan& plan) {
-  int64_t residents = 0;
+int64_t residents(const Problem& p, Pass pass, const CudaPlan& plan) {
+  int64_t replicas = 0;
   const char* refused = pass == Pass::forward
-                            ? persistent_forward_residents<T>(p.cell.kind, plan.tile, p.shape.H, &residents)
-                            : persistent_backward_residents<T>(p.cell.kind, plan.tile, p.shape.H, &residents);
-  if (refused) return false;
-  // Replicas that do not wait for each other can take turns.
-  const bool all_at_once = plan.tile.exchange == Exchange::grid;
-  return residents >= (all_at_once ? tile_replicas(plan.tile, p.shape.B) * p.shape.D : 1);
+                            ? persistent_forward_residents<T>(p.cell.kind, plan.tile, p.shape.H, &replicas)
+                            : persistent_backward_residents<T>(p.cell.kind, plan.tile, p.shape.H, &replicas);
+  return refused ? 0 : replicas;
 }
 
 template <class T>
 void persistent_forward_scan(const Problem& p, const CudaPlan& plan, bool save, ForwardTensors& t,
-                             void* stream) {
+                             void* stream, const Tensor& gave_up) {
   const Shape& s = p.shape;
   const Common<T> common(p, Pass::forward, plan, stream);
   InputGates gates_x(p, t.x, plan.chunk_steps);
@@ -60,7 +58,7 @@ void persistent_forward_scan(const Problem& p, const CudaPlan& plan, bool save, 
   if (p.cell.cell_state && plan.chunk_steps < s.T) c = p.allocate_state(s.H, at::kFloat);
 
   PersistentForward<T> args{};
-  common.fill(args, s);
+  common.fill(args, s, gave_up);
   for (int64_t d = 0; d < s.D; ++d) {
     const DirectionWeights& w = p.weights[d];
     const int64_t states = d * s.B * s.H;
@@ -90,7 +88,8 @@ void persistent_forward_scan(const Problem& p, const CudaPlan& plan, bool save, 
 }
 
 template <class T>
-void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTensors& t, void* stream) {
+void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTensors& t, void* stream,
+                              const Tensor& gave_up) {
   const Shape& s = p.shape;
   const Common<T> common(p, Pass::backward, plan, stream);
   Tensor dh = p.allocate({s.D, s.B, s.H}, at::kFloat);
@@ -98,7 +97,7 @@ void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTe
   for (int64_t d = 0; d < s.D && t.wants_previous; ++d) t.previous.push_back(p.allocate({s.N, s.H}));
 
   PersistentBackward<T> args{};
-  common.fill(args, s);
+  common.fill(args, s, gave_up);
   args.wants_dh0 = t.wants_dh0;
   for (int64_t d = 0; d < s.D; ++d) {
     const int64_t states = d * s.B * s.H;
@@ -123,10 +122,12 @@ void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTe
   t.dh0 = dh;
 }
 
-#define INSTANTIATE(T)                                                                                     \
-  template bool can_run<T>(const Problem&, Pass, const CudaPlan&);                                         \
-  template void persistent_forward_scan<T>(const Problem&, const CudaPlan&, bool, ForwardTensors&, void*); \
-  template void persistent_backward_scan<T>(const Problem&, const CudaPlan&, BackwardTensors&, void*);
+#define INSTANTIATE(T)                                                                                    \
+  template int64_t residents<T>(const Problem&, Pass, const CudaPlan&);                                   \
+  template void persistent_forward_scan<T>(const Problem&, const CudaPlan&, bool, ForwardTensors&, void*, \
+                                           const Tensor&);                                                \
+  template void persistent_backward_scan<T>(const Problem&, const CudaPlan&, BackwardTensors&, void*,     \
+                                            const Tensor&);
 INSTANTIATE(float)
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)

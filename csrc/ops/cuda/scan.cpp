@@ -7,6 +7,7 @@
 
 #include "precision.h"
 #include "scans.h"
+#include "trust.h"
 
 namespace frnn {
 
@@ -55,9 +56,11 @@ CudaPlan plan(const Problem& p, Pass pass, bool training) {
   const CudaProblem problem{p.cell.kind, dtype_of(p.compute), pass, training, packed, s.T, s.B, s.I, s.H, s.P,
                             s.D,         gpu_of(p.device)};
   if (p.is_cell) return plan_steps(problem);
+  const bool asked_for = forced_strategy() != nullptr;
   const CudaPlan planned = plan_cuda(problem);
   if constexpr (kHasPersistent<T>)
-    if (is_persistent(planned.strategy) && !can_run<T>(p, pass, planned)) return plan_steps(problem);
+    if (is_persistent(planned.strategy) && !may_run<T>(p, pass, planned, asked_for))
+      return plan_steps(problem);
   return planned;
 }
 

@@ -14,14 +14,16 @@ void step_forward_scan(const Problem& p, const CudaPlan& plan, bool save, Forwar
 template <class T>
 void step_backward_scan(const Problem& p, BackwardTensors& t, void* stream);
 
-// T: float, Half, BFloat16. What is planned for a GPU of this size may still not fit it: to be asked before.
-template <class T>
-bool can_run(const Problem& p, Pass pass, const CudaPlan& plan);
+// T: float, Half, BFloat16. `gave_up`: of a check, int32 and zero; not zero afterwards if a block waited for another in vain.
 template <class T>
 void persistent_forward_scan(const Problem& p, const CudaPlan& plan, bool save, ForwardTensors& t,
-                             void* stream);
+                             void* stream, const Tensor& gave_up = {});
 template <class T>
-void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTensors& t, void* stream);
+void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTensors& t, void* stream,
+                              const Tensor& gave_up = {});
+// How many replicas of this plan's kernel the device runs at once.
+template <class T>
+int64_t residents(const Problem& p, Pass pass, const CudaPlan& plan);
 
 template <class T>
 const T* input_at(const Tensor& tensor, int64_t offset = 0) {

@@ -1,5 +1,5 @@
 // Kernels of clusters: data that travels through the blocks' shared memory; and mistakes in them.
-#include "cuda/ptx_exchange.cuh"
+#include "cuda/wait.cuh"
 #include "launch.h"
 
 namespace {

@@ -188,16 +188,17 @@ bool mbarrier_try_wait(uint64_t* address, unsigned parity, Wait reach) {
   return true;
 }
 
-void mbarrier_wait(uint64_t* address, unsigned parity, Wait reach) {
+bool mbarrier_wait(uint64_t* address, unsigned parity, Wait reach) {
   const void* pc = __builtin_return_address(0);
   yield();
   Fiber* fiber = launch_state.current;
-  for (;;) {
+  for (const uint32_t start = launch_state.clock;;) {
     Mbarrier& mbarrier = find_own(address, pc);
     if (is_over(mbarrier, parity)) {
       take_in(mbarrier, reach);
-      return;
+      return true;
     }
+    if (launch_state.clock != start) return false;
     mbarrier.waiting.push_back(fiber);
     fiber->waits_for = parity & 1 ? "the end of a phase of parity 1 of the mbarrier at shared byte %llu"
                                   : "the end of a phase of parity 0 of the mbarrier at shared byte %llu";
@@ -220,8 +221,15 @@ void store_async(uint32_t address, const void* value, unsigned bytes, uint32_t m
   check_bounds(store.target, bytes, true, pc);
   memcpy(store.value, value, bytes);
   publish(fiber);
-  in_flight.push_back(std::move(store));
+  if (!messages_are_lost) in_flight.push_back(std::move(store));
   progress();
+}
+
+void time_passes_at_mbarriers() {
+  for (auto& [address, mbarrier] : mbarriers) {
+    for (Fiber* fiber : mbarrier.waiting) wake(fiber);
+    mbarrier.waiting.clear();
+  }
 }
 
 bool store_in_flight() { return !in_flight.empty(); }

@@ -16,5 +16,12 @@ EXPORTED void frnn_emulation_set_yield_probability(double probability);
 EXPORTED void frnn_emulation_set_multiprocessors(int count);
 // What the last launch that failed did wrong; empty if none has failed since frnn_emulation_set_seed.
 EXPORTED const char* frnn_emulation_last_error();
+// A device that is broken: messages between blocks are lost, after which time passes and waits can give up; or what matrix
+// instructions multiply is wrong.
+EXPORTED void frnn_emulation_break(bool messages, bool products);
+// What cudaStreamIsCapturing says.
+EXPORTED void frnn_emulation_set_capturing(bool capturing);
+// How many kernels have been launched.
+EXPORTED uint32_t frnn_emulation_launches();
 // Which thread ran when, in all launches since frnn_emulation_set_seed, as a hash.
 EXPORTED uint64_t frnn_emulation_schedule();

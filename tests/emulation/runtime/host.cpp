@@ -20,6 +20,7 @@ constexpr uint64_t kSharedReserved = 1 << 10;
 constexpr int kL2Bytes = 60 << 20;
 constexpr uint64_t kMemoryBytes = uint64_t{141} << 30;
 int multiprocessors = 132;
+bool capturing = false;
 
 struct KernelSettings {
   uint64_t shared_bytes = kSharedByDefault;
@@ -313,5 +314,22 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
   return cudaSuccess;
 }
 
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  thread_local cudaStreamCaptureMode own = cudaStreamCaptureModeGlobal;
+  std::swap(own, *mode);
+  return cudaSuccess;
+}
+
+EXPORTED uint32_t frnn_emulation_launches() { return launch_state.number; }
+EXPORTED void frnn_emulation_set_capturing(bool is) { capturing = is; }
 EXPORTED void frnn_emulation_set_multiprocessors(int count) { multiprocessors = count; }
 EXPORTED const char* frnn_emulation_last_error() { return last_error.c_str(); }

@@ -70,7 +70,7 @@ void multiply(Fiber* const* lanes) {
     for (uint32_t i = 0; i < 4; ++i) {
       const uint32_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
       float sum = of[lane]->acc[i];
-      for (uint32_t k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
+      for (uint32_t k = products_are_wrong; k < depth; ++k) sum += a[row][k] * b[k][column];
       of[lane]->acc[i] = sum;
     }
   }

@@ -107,6 +107,7 @@ struct Launch {
   std::vector<Fiber*> ready, polling;
   // Since anything happened that a thread could wait for.
   uint64_t polls_in_vain, yields_in_vain;
+  uint32_t clock;       // see clock_high()
   uint64_t base;        // accesses before this time were made before the launch
   uint64_t batch_base;  // ... before the blocks that run now
   uint32_t last_time;   // the largest in any clock, counted from base
@@ -135,6 +136,10 @@ void run_batch(const std::vector<uint32_t>& blocks);
 
 extern uint64_t schedule_hash;
 
+// What a test has broken: asynchronous stores, and strong stores of 8 bytes, never arrive, and waits then take time; matrix
+// instructions give wrong results.
+extern bool messages_are_lost, products_are_wrong;
+
 // watchdog.cpp
 void start_watchdog();
 void stop_watchdog();
@@ -151,6 +156,7 @@ extern cudaError_t last_error_code;
 // async.cpp
 bool store_in_flight();
 void deliver_one();
+void time_passes_at_mbarriers();  // who waits there looks again
 void forget_async();
 
 // cluster.cpp

@@ -26,6 +26,9 @@ inline float coarse(float value) {
   return value;
 }
 
+// Stands still, but for a test that lets time pass: then it moves whenever all threads wait in vain.
+unsigned clock_high();
+
 void copy_async(void* shared, const void* global, unsigned bytes);
 void copy_commit();
 void copy_wait(unsigned groups_left);
@@ -41,7 +44,8 @@ enum class Publish : int { all, reads };
 void mbarrier_arrive_cluster(uint32_t mbarrier, Publish what);
 enum class Wait : int { block, stores, cluster };
 bool mbarrier_try_wait(uint64_t* mbarrier, unsigned parity, Wait reach);
-void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Wait reach);
+// false: it took too long, see clock_high().
+bool mbarrier_wait(uint64_t* mbarrier, unsigned parity, Wait reach);
 void store_async(uint32_t address, const void* value, unsigned bytes, uint32_t mbarrier);
 
 }  // namespace frnn_emulation
