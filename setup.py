@@ -137,7 +137,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def describe(self) -> str:
         x86 = platform.machine() in ("x86_64", "AMD64")
-        wide = "avx512_bf16, avx512, avx2 and portable code" if x86 else "portable code"
+        wide = "amx, avx512_bf16, avx512, avx2 and portable code" if x86 else "portable code"
         text = f"CPU kernels with {wide} (chosen at run time)"
         if not sources(".cu"):
             return text + "; no CUDA sources: CPU only"

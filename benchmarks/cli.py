@@ -69,7 +69,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     )
     run.add_argument("--threads", type=positive_int, help="CPU threads for everyone (default: torch's)")
     run.add_argument(
-        "--isa", help="make fused_rnn use this instruction set: portable, avx2, avx512, avx512_bf16"
+        "--isa", help="make fused_rnn use this instruction set: portable, avx2, avx512, avx512_bf16, amx"
     )
     run.add_argument(
         "--graph", action="store_true", help="on a GPU also measure each case captured in a CUDA graph"

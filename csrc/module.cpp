@@ -87,14 +87,17 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
     throw py::value_error("cpu_plan: expected positive sizes and threads, and 1 or 2 directions");
   by_name(frnn::kCudaDtypeNames, dtype, "dtype");
   frnn::Shape shape{};
-  shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions;
+  shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions, shape.N = T * B;
   const frnn::InstructionSet& set = frnn::instruction_set();
   const bool narrow = dtype == "bf16" && set.bfloat16, wide = dtype == "fp64";
   const bool pairs = narrow && !training;  // the backward scan widens
   const auto problem = pairs  ? set.bfloat16->problem
                        : wide ? set.kernels->problem_double
                               : set.kernels->problem_float;
-  const frnn::CpuProblem p = problem(kind, shape, threads, training);
+  // `training` asks for the backward scan, which multiplies floats as they are.
+  const bool splits = set.split && dtype != "bf16" && !wide && !training && set.split->pays(kind, shape);
+  const frnn::CpuProblem p =
+      splits ? set.split->problem(kind, shape, threads) : problem(kind, shape, threads, training);
   const frnn::CpuPlan plan = frnn::plan_cpu(p);
   py::dict result;
   result["strategy"] = plan.direct ? "direct" : "packed";
@@ -103,6 +106,7 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
   result["products"] = pairs                                ? "of bfloat16, summed in float32"
                        : narrow                             ? "of float32 in the scan, of bfloat16 around it"
                        : wide                               ? "of float64"
+                       : splits                             ? "of float32, as sums of bfloat16"
                        : dtype == "bf16" || dtype == "fp16" ? "of float32: operands are widened"
                                                             : "of float32";
   result["vector"] = set.kernels->vector_bytes / (wide ? 8 : 4);

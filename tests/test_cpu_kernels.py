@@ -58,13 +58,16 @@ def test_one_step_of_a_few_rows_agrees_with_reference(
         torch.testing.assert_close(ours.double(), theirs, rtol=8 * eps, atol=2 * H**0.5 * eps)
 
 
-@pytest.mark.parametrize("isa", _C.isas()[:2])
+MULTIPLY_BFLOAT16 = [isa for isa in _C.isas() if isa in ("amx", "avx512_bf16")]
+
+
+@pytest.mark.parametrize("isa", _C.isas()[: max(2, len(MULTIPLY_BFLOAT16) + 1)])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("proj", [0, 5])
 @pytest.mark.parametrize("H", [1, 5, 16, 31, 67])
 def test_bfloat16_of_odd_sizes_agrees_with_reference(cell: str, H: int, proj: int, isa: str) -> None:
-    """The best instruction sets: pairs of k with one left over, few rows (weights as they lie) and many, units that
-    fill no vector, the input multiplied before the scan (B = 6) and inside it."""
+    """Sets that multiply bfloat16 and the next best: pairs of k with one left over, few rows (weights as they lie) and
+    many, units that fill no vector, the input multiplied before the scan (B = 6) and inside it."""
     _C.set_isa(isa)
     if proj and (cell != "lstm" or proj >= H):
         proj = 0
@@ -259,9 +262,13 @@ def test_plan_never_takes_more_threads_than_there_are(threads: int, directions: 
 @pytest.mark.parametrize("isa", _C.isas())
 def test_plan_says_what_is_multiplied(isa: str) -> None:
     _C.set_isa(isa)
-    assert plan(dtype="bf16")["products"].startswith("of bfloat16") == (isa == "avx512_bf16")
-    assert ("bfloat16 around" in plan(dtype="bf16", training=True)["products"]) == (isa == "avx512_bf16")
-    assert plan(dtype="fp16")["products"] == "of float32: operands are widened"
+    pairs = isa in MULTIPLY_BFLOAT16
+    assert plan(dtype="bf16")["products"].startswith("of bfloat16") == pairs
+    assert ("bfloat16 around" in plan(dtype="bf16", training=True)["products"]) == pairs
+    assert plan(dtype="fp16", B=4)["products"] == "of float32: operands are widened"
+    for sizes, splits in ({"H": 128}, True), ({"B": 23}, False), ({"H": 127}, False), ({"T": 3}, False):
+        found = plan(**sizes)["products"]
+        assert found == "of float32" + (", as sums of bfloat16" if splits and isa == "amx" else "")
     assert plan(dtype="fp64")["vector"] * 2 == plan(dtype="fp32")["vector"] == plan(dtype="bf16")["vector"]
 
 

@@ -117,11 +117,13 @@ FRNN_HD void add_products(Vec<float>& sums, __m512bh a, __m512bh b) {
   sums.v = (Vec<float>::Native)_mm512_dpbf16_ps((__m512)sums.v, a, b);
 }
 
-// weights [kGates * gate_rows, K] -> panel [(K + 1) / 2][gate][kVectors * 16][2], zero beyond K. See product.h.
+// weights [kGates * gate_rows, K] -> panel [K / 2][gate][kVectors * 16][2], zero beyond K. See product.h.
 template <int kGates, int kVectors>
 void pack_rows(const BFloat16* weights, int64_t gate_rows, int64_t K, int64_t first, BFloat16* panel) {
   for (int64_t k = 0; k < K; k += 32) {
     const int64_t columns = K - k < 32 ? K - k : 32;
+    constexpr int kFilled = kPanelDepth<BFloat16>;
+    const int64_t pairs = (columns + kFilled - 1) / kFilled * (kFilled / 2);
     for (int g = 0; g < kGates; ++g)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t rows = gate_rows - first - v * 16;
@@ -135,7 +137,7 @@ void pack_rows(const BFloat16* weights, int64_t gate_rows, int64_t K, int64_t fi
                                                                         K,
                                                                 columns));
         transpose(square);
-        for (int64_t pair = 0; pair < (columns + 1) / 2; ++pair)
+        for (int64_t pair = 0; pair < pairs; ++pair)
           memcpy(panel + (((k / 2 + pair) * kGates + g) * kVectors + v) * 32, &square[pair].v, 64);
       }
   }

@@ -21,7 +21,7 @@ CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
   p.gates = gates;
   p.threads = threads;
   p.units_per_panel = vectors * Vec<Accumulate<S>>::kSize;
-  p.tile_rows = tile_rows(pass_lanes(gates * vectors));
+  p.tile_rows = PackedProduct<S>::tile_rows(gates * vectors);
   p.itemsize = sizeof(S);
   return p;
 }
@@ -32,7 +32,8 @@ class ForwardDirectionScan {
   using T = Accumulate<S>;
   static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
   static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
-  static constexpr int kTileRows = tile_rows(pass_lanes(kGates * kVectors));
+  static constexpr int kMaxTileRows = PackedProduct<S>::kMaxTileRows;
+  static constexpr int kTileRows = PackedProduct<S>::tile_rows(kGates * kVectors);
   static constexpr int kProjVectors = 2;
   // Whether a gate adds up its two sides: then their products need not be told apart.
   static constexpr bool kOneSum = Cell::kGateGrads == kGates;
@@ -49,6 +50,7 @@ class ForwardDirectionScan {
   }
 
   void run(const Member& member, Barrier* everybody) {
+    [[maybe_unused]] const typename PackedProduct<S>::Session session;
     const Range panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
     const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
     const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);

@@ -51,10 +51,19 @@ struct Bfloat16Kernels {
   CpuProblem (*problem)(CellKind, const Shape&, int threads, bool backward);
 };
 
+// Float layers whose operands are multiplied as sums of `parts` bfloat16: three are float's accuracy, two are faster.
+// x is given, and gates_x is not.
+struct SplitKernels {
+  bool (*pays)(CellKind, const Shape&);
+  void (*forward)(CellKind, const ForwardArgs<float>&, int parts);
+  CpuProblem (*problem)(CellKind, const Shape&, int threads);
+};
+
 struct InstructionSet {
   const char* name;
   const CpuKernels* kernels;
   const Bfloat16Kernels* bfloat16;  // null: bfloat16 is widened to float
+  const SplitKernels* split;        // null: float is multiplied as it is
   bool (*supported)();
 };
 

@@ -108,6 +108,20 @@ void packed_product_of_columns(const T* a, int rows, int64_t K, const T* weights
   });
 }
 
+// How the scan multiplies rows stored as S with a packed panel. amx_product.h has tiles for bfloat16.
+template <class S>
+struct PackedProduct {
+  struct Session {};  // what a thread holds while it multiplies
+  static constexpr int kMaxTileRows = frnn::kMaxTileRows;
+  static constexpr int tile_rows(int lanes) { return frnn::tile_rows(pass_lanes(lanes)); }
+
+  template <int kLanes>
+  FRNN_HD static void multiply(const S* const* a, int rows, int64_t K, const S* weights, int64_t stride,
+                               Accumulate<S>* acc, bool add) {
+    packed_product<S, kLanes>(a, rows, K, weights, stride, acc, add);
+  }
+};
+
 // What a dot product reads at a time: a vector of numbers of k; bfloat16.h has those of pairs.
 template <class T>
 FRNN_HD Vec<T> load_factors(const T* p) {

@@ -79,6 +79,14 @@ constexpr int kDepth = 1;
 template <>
 constexpr int kDepth<BFloat16> = 2;
 
+// The k of a packed panel are filled up with zeros to a multiple of this.
+template <class S>
+constexpr int kPanelDepth = kDepth<S>;
+#ifdef FRNN_AMX
+template <>
+constexpr int kPanelDepth<BFloat16> = 32;  // a tile's
+#endif
+
 template <class T>
 FRNN_HD Vec<T> load(const T* p) {
   Vec<T> x;

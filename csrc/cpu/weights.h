@@ -42,13 +42,16 @@ class GateWeights {
   // acc[row][gate][unit of the panel]; `add`: to what is there.
   void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc, bool add = false) const {
     if (direct_)
-      direct_product<T, kGates, kVectors>(a, rows, K_, weights_, units_, panel * kUnits, acc, add);
+      for (int r = 0; r < rows; r += kMaxTileRows)  // with tiles of AMX there are more
+        direct_product<T, kGates, kVectors>(a + r, rows - r < kMaxTileRows ? rows - r : kMaxTileRows, K_,
+                                            weights_, units_, panel * kUnits, acc + r * kGates * kUnits, add);
     else
-      packed_product<T, kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>, acc, add);
+      PackedProduct<T>::template multiply<kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>,
+                                                  acc, add);
   }
 
  private:
-  int64_t panel_size() const { return divide_up(K_, kDepth<T>) * kDepth<T> * kUnits * kGates; }
+  int64_t panel_size() const { return divide_up(K_, kPanelDepth<T>) * kPanelDepth<T> * kUnits * kGates; }
   T* packed(int64_t panel) const { return panels_.get() + panel * panel_size(); }
 
   const T* weights_;

@@ -1,4 +1,5 @@
 // The CPU's part of the operators: threads, the kernels of csrc/cpu, and sums over the rows of all steps.
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -38,6 +39,19 @@ CpuPlan plan_of(const Problem& p, int threads) {
   return plan_cpu(problem(p.cell.kind, p.shape, threads, false));
 }
 
+// Null where float is multiplied as it is.
+template <class S>
+const SplitKernels* split_kernels(const Problem& p) {
+  const SplitKernels* split = std::is_same_v<S, float> ? instruction_set().split : nullptr;
+  return split && split->pays(p.cell.kind, p.shape) ? split : nullptr;
+}
+
+// Two parts only for who has asked torch.set_float32_matmul_precision for less than "highest".
+int parts_of_float() {
+  const auto asked = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return asked == at::Float32Precision::TF32 || asked == at::Float32Precision::BF16 ? 2 : 3;
+}
+
 template <class S>
 void forward(const Problem& p, bool save, ForwardTensors& t) {
   using T = Accumulate<S>;
@@ -45,7 +59,8 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
   ForwardArgs<S> args{};
   args.shape = s;
   args.threads = at::get_num_threads();
-  const bool fuse_input = plan_of<S>(p, args.threads).fuse_input;
+  const SplitKernels* split = split_kernels<S>(p);
+  const bool fuse_input = split || plan_of<S>(p, args.threads).fuse_input;
 
   if (p.cell.cell_state) t.c0.defined() ? t.cn.copy_(t.c0) : t.cn.zero_();  // c_t is updated in place
   Tensor gates_x[2];
@@ -76,6 +91,8 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
     if (p.cell.cell_state) to.c = output_of<T>(t.cn) + d * s.B * s.H;
     if (save) to.saved = output_of<T>(t.saved) + d * s.N * p.cell.saved * s.H;
   }
+  if constexpr (std::is_same_v<S, float>)
+    if (split) return split->forward(p.cell.kind, args, parts_of_float());
   if constexpr (std::is_same_v<S, BFloat16>)
     instruction_set().bfloat16->forward(p.cell.kind, args);
   else

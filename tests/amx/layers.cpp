@@ -1,0 +1,133 @@
+// Layers on emulated tiles, for tests/test_amx.py: the arguments of csrc/args.h as C can take them. Every
+// operand ends where memory ends, so that a kernel that reads or writes past it stops there.
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <memory>
+#include <vector>
+
+#include "cells/cells.h"
+#include "cpu/kernels.h"
+#include "emulated_tiles.h"
+
+namespace frnn::amx {
+extern const Bfloat16Kernels kKernels;
+}
+namespace frnn::amx_float {
+extern const SplitKernels kKernels;
+}
+
+namespace {
+
+// A copy that ends where a page begins that nobody may touch; copied back at the end.
+class Guarded {
+ public:
+  Guarded(void* original, size_t bytes) : original_(original), bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t room = (bytes + page - 1) / page * page;
+    size_ = room + page;
+    pages_ =
+        static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (pages_ == MAP_FAILED || mprotect(pages_ + room, page, PROT_NONE) != 0) abort();
+    data_ = pages_ + room - bytes;
+    memcpy(data_, original, bytes);
+  }
+  ~Guarded() {
+    memcpy(original_, data_, bytes_);
+    munmap(pages_, size_);
+  }
+  Guarded(const Guarded&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* original_;
+  size_t bytes_, size_;
+  char *pages_, *data_;
+};
+
+struct Operands {
+  std::vector<std::unique_ptr<Guarded>> all;
+
+  template <class T>
+  T* guarded(T* original, int64_t count) {
+    if (!original) return nullptr;
+    all.push_back(std::make_unique<Guarded>(original, static_cast<size_t>(count) * sizeof(T)));
+    return static_cast<T*>(all.back()->get());
+  }
+};
+
+}  // namespace
+
+using frnn::BFloat16;
+
+namespace {
+
+// One layer's arguments. sizes: T, B, I, H, P, D, N. weights: of each direction w_ih, w_hh, b_ih, b_hh, w_hr. c is c_0
+// and becomes c_n. fuse_input: x is multiplied step by step.
+template <class S>
+struct Layer {
+  frnn::CellKind kind{};
+  frnn::ForwardArgs<S> args{};
+  std::vector<float> gates_x;
+  Operands memory;
+
+  Layer(const char* cell, const int64_t* sizes, const int64_t* batch_sizes, const int64_t* offsets,
+        const int64_t* lengths, S* x, S* h0, float* c, S* const* weights, S* output, S* hn, bool fuse_input,
+        int threads) {
+    for (const frnn::CellName& entry : frnn::kCellNames)
+      if (!strcmp(entry.name, cell)) kind = entry.kind;
+    const int64_t gates = frnn::with_cell(kind, [](auto type) -> int64_t { return decltype(type)::kGates; });
+    frnn::Shape& s = args.shape;
+    s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], batch_sizes, offsets, lengths};
+    args.threads = threads;
+    if (!fuse_input) gates_x.resize(static_cast<size_t>(s.N * gates * s.H));
+    const S* all_x = memory.guarded(x, s.N * s.I);
+    const S* all_h0 = memory.guarded(h0, s.D * s.B * s.Hr());
+    S* all_output = memory.guarded(output, s.N * s.D * s.Hr());
+    S* all_hn = memory.guarded(hn, s.D * s.B * s.Hr());
+    float* all_c = memory.guarded(c, s.D * s.B * s.H);
+    for (int64_t d = 0; d < s.D; ++d) {
+      frnn::ForwardDirection<S>& to = args.direction[d];
+      S* const* w = weights + 5 * d;
+      to.reverse = d == 1;
+      to.x = all_x;
+      to.w_ih = memory.guarded(w[0], gates * s.H * s.I);
+      to.w_hh = memory.guarded(w[1], gates * s.H * s.Hr());
+      to.b_ih = memory.guarded(w[2], gates * s.H);
+      to.b_hh = memory.guarded(w[3], gates * s.H);
+      to.w_hr = memory.guarded(w[4], s.P * s.H);
+      if (!fuse_input) to.gates_x = memory.guarded(gates_x.data(), s.N * gates * s.H);
+      to.h0 = all_h0 ? all_h0 + d * s.B * s.Hr() : nullptr;
+      to.output = all_output + d * s.Hr();
+      to.output_stride = s.D * s.Hr();
+      to.hn = all_hn + d * s.B * s.Hr();
+      to.c = all_c ? all_c + d * s.B * s.H : nullptr;
+    }
+  }
+};
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Both return how many threads still hold tiles: none should.
+EXPORTED int frnn_amx_bfloat16(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
+                               const int64_t* offsets, const int64_t* lengths, BFloat16* x, BFloat16* h0,
+                               float* c, BFloat16* const* weights, BFloat16* output, BFloat16* hn,
+                               int threads, int fuse_input) {
+  const Layer<BFloat16> layer(cell, sizes, batch_sizes, offsets, lengths, x, h0, c, weights, output, hn,
+                              fuse_input, threads);
+  frnn::amx::kKernels.forward(layer.kind, layer.args);
+  return frnn::EmulatedTiles::users();
+}
+
+EXPORTED int frnn_amx_float(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
+                            const int64_t* offsets, const int64_t* lengths, float* x, float* h0, float* c,
+                            float* const* weights, float* output, float* hn, int threads, int parts) {
+  const Layer<float> layer(cell, sizes, batch_sizes, offsets, lengths, x, h0, c, weights, output, hn, true,
+                           threads);
+  frnn::amx_float::kKernels.forward(layer.kind, layer.args, parts);
+  return frnn::EmulatedTiles::users();
+}
