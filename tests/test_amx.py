@@ -48,6 +48,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def test_the_check_before_first_use_passes(library: ctypes.CDLL) -> None:
+    library.frnn_amx_tiles_multiply.restype = ctypes.c_bool
+    assert library.frnn_amx_tiles_multiply()
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64")
 @pytest.mark.parametrize("optimized", ["-O0", "-O2"])
 def test_the_assembly_is_what_the_emulation_does(tmp_path: Path, optimized: str) -> None:

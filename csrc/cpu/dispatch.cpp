@@ -27,7 +27,8 @@ extern const Bfloat16Kernels kKernels;
 #if defined(__x86_64__) && defined(__linux__)
 namespace amx {
 extern const Bfloat16Kernels kKernels;
-}
+bool tiles_multiply();
+}  // namespace amx
 namespace amx_float {
 extern const SplitKernels kKernels;
 }
@@ -65,7 +66,7 @@ const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__) && defined(__linux__)
     {"amx", &avx512::kKernels, &amx::kKernels, &amx_float::kKernels,
      [] {
-       static const bool usable = has_avx512_bf16() && may_use_amx();
+       static const bool usable = has_avx512_bf16() && may_use_amx() && amx::tiles_multiply();
        return usable;
      }},
 #endif

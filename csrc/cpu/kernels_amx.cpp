@@ -20,6 +20,42 @@ inline namespace FRNN_ISA {
 extern const Bfloat16Kernels kKernels;
 const Bfloat16Kernels kKernels = {forward<BFloat16>, problem<BFloat16>};
 
+// Whether this machine's tiles multiply as these kernels take it. Whole numbers, so that every sum is exact: rows that
+// fill no tile and rows that fill more than one, a k that fills none, every lane.
+bool tiles_multiply();
+bool tiles_multiply() {
+  constexpr int kLanes = 4, kUnits = 16 * kLanes, kMostRows = 20, kK = 70, kDeep = 96;
+  const auto number = [](int line, int k) { return (line * 7 + k * 3) % 5 - 2; };
+  const auto fill = [&](BFloat16* to, int lines, int first_line) {
+    for (int i = 0; i < lines * kK; ++i) {
+      const auto x = static_cast<float>(number(first_line + i / kK, i % kK));
+      uint32_t bits;
+      memcpy(&bits, &x, sizeof bits);
+      to[i].bits = static_cast<uint16_t>(bits >> 16);
+    }
+  };
+  BFloat16 rows[kMostRows * kK], weights[kUnits * kK];
+  alignas(64) BFloat16 panel[kDeep * kUnits];
+  fill(rows, kMostRows, 0);
+  fill(weights, kUnits, kMostRows);
+  pack_rows<kLanes, 1>(weights, 16, kK, 0, panel);
+  const BFloat16* a[kMostRows];
+  for (int r = 0; r < kMostRows; ++r) a[r] = rows + r * kK;
+
+  const AmxSession session;
+  for (const int count : {9, kMostRows}) {
+    alignas(64) float acc[kMostRows * kUnits];
+    amx_product<kLanes>(a, count, kK, panel, kUnits * 2, acc, false);
+    for (int r = 0; r < count; ++r)
+      for (int u = 0; u < kUnits; ++u) {
+        int sum = 0;
+        for (int k = 0; k < kK; ++k) sum += number(r, k) * number(kMostRows + u, k);
+        if (acc[r * kUnits + u] != static_cast<float>(sum)) return false;
+      }
+  }
+  return true;
+}
+
 }  // namespace FRNN_ISA
 }  // namespace frnn
 #pragma GCC pop_options

@@ -14,7 +14,8 @@
 
 namespace frnn::amx {
 extern const Bfloat16Kernels kKernels;
-}
+bool tiles_multiply();
+}  // namespace frnn::amx
 namespace frnn::amx_float {
 extern const SplitKernels kKernels;
 }
@@ -131,3 +132,5 @@ EXPORTED int frnn_amx_float(const char* cell, const int64_t* sizes, const int64_
   frnn::amx_float::kKernels.forward(layer.kind, layer.args, parts);
   return frnn::EmulatedTiles::users();
 }
+
+EXPORTED bool frnn_amx_tiles_multiply() { return frnn::amx::tiles_multiply(); }
