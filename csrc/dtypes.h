@@ -11,6 +11,9 @@ struct Half {  // IEEE binary16
 struct BFloat16 {  // the upper half of a float
   uint16_t bits;
 };
+struct Exact {  // a float where no product may round it; those of plain float may be in TF32
+  float value;
+};
 
 template <class T>
 struct AccumulateOf {

@@ -13,7 +13,18 @@ from dataclasses import dataclass
 import emulated
 import pytest
 import torch
-from test_cuda_persistent_scan import EPS, TF32, Values, as_good_as_steps, errors, gradients_like
+from test_cuda_persistent_scan import (
+    EPS,
+    NUMBERS,
+    TF32,
+    Values,
+    as_good_as_steps,
+    errors,
+    gradients_like,
+    is_tf32,
+    rounding,
+    use,
+)
 from test_ops import wanted_bits
 from torch import Tensor
 
@@ -21,8 +32,6 @@ import fused_rnn
 from fused_rnn import _C, ops
 
 TIERS = ("block", "cluster", "grid")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last with products in TF32
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
 PATIENCE = 30.0  # seconds for work of milliseconds
 
 
@@ -35,10 +44,10 @@ class Place:
     arch: str  # "": this machine's GPU
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Layers on `device` run on this GPU, float32 with TF32."""
+    def open(self, numbers: str = "tf32") -> Iterator[None]:
+        """Layers on `device` run on this GPU, float32 as `numbers` says."""
         before = torch.backends.cudnn.rnn.fp32_precision
-        torch.backends.cudnn.rnn.fp32_precision = "tf32"
+        use(numbers)
         try:
             if self.device == "cuda":
                 yield
@@ -72,7 +81,7 @@ class Place:
         """The strategies of both passes where `tier` is asked for, by the planner."""
         input, sizes, *_ = arguments
         T, B = input.shape[:2] if sizes is None else (sizes.numel(), int(sizes[0]))
-        problem = {"cell": cell, "dtype": NAMES[dtype], "T": T, "B": B, "I": input.size(-1)}
+        problem = {"cell": cell, "dtype": name_of(dtype), "T": T, "B": B, "I": input.size(-1)}
         problem |= {"H": arguments[5].size(1), "directions": 1 if arguments[9] is None else 2}
         packed = sizes is not None and input.size(0) != T * B
         with fused_rnn.force_plan(tier):
@@ -90,11 +99,16 @@ places = pytest.mark.parametrize(
 )
 
 
-def places_and_dtypes(*emulated_dtypes: torch.dtype):
-    """The parameters `place` and `dtype` of a test: all of them on the GPU, and these in the emulation."""
-    found = [pytest.param(GPU, d, marks=pytest.mark.cuda, id=f"cuda-{NAMES[d]}") for d in DTYPES]
-    found += [pytest.param(EMULATED, d, id=f"cuda-emulated-{NAMES[d]}") for d in emulated_dtypes]
-    return pytest.mark.parametrize("place, dtype", found)
+def places_and_numbers(*emulated: str):
+    """The parameters `place` and `numbers` of a test: all of them on the GPU, and these in the emulation."""
+    found = [pytest.param(GPU, n, marks=pytest.mark.cuda, id=f"cuda-{n}") for n in NUMBERS]
+    found += [pytest.param(EMULATED, n, id=f"cuda-emulated-{n}") for n in emulated]
+    return pytest.mark.parametrize("place, numbers", found)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Of its numbers, by torch's switch."""
+    return next(n for n, d in NUMBERS.items() if d == dtype and (n == "tf32") == is_tf32(dtype))
 
 
 def both_passes(
@@ -107,7 +121,7 @@ def both_passes(
     there = [None if g is None else g.to(place.device) for g in gradients]
     with place.forced(backward):
         found = ops.layer_backward(cell, *there, *inputs, output, saved, wanted_bits(arguments))
-    place.finish(f"{cell} {NAMES[arguments[0].dtype]} by {forward}, {backward}")
+    place.finish(f"{cell} {name_of(arguments[0].dtype)} by {forward}, {backward}")
     values = [output, hn, cn if cell == "lstm" else None, *found]
     return [None if v is None else v.cpu() for v in values]
 
@@ -121,7 +135,7 @@ def off_by(place: Place, cell: str, arguments: Values, tier: str) -> tuple[list[
         # Its slope jumps at 0, and a rounding brings some sums to the other side: gradients by way of the step's sums.
         ours[2:] = errors(both_passes(place, cell, arguments, gradients, "step", tier), wanted)[2:]
     share = 1.0
-    if dtype == torch.float32:  # the emulation's step kernels know no TF32: bfloat16 has three bits less
+    if is_tf32(dtype):  # the emulation's step kernels know no TF32: bfloat16 has three bits less
         arguments = [a.bfloat16() if a is not None and a.is_floating_point() else a for a in arguments]
         gradients, wanted = gradients_like(cell, arguments, torch.bfloat16)
         share = TF32 / EPS[torch.bfloat16]
@@ -131,7 +145,7 @@ def off_by(place: Place, cell: str, arguments: Values, tier: str) -> tuple[list[
 
 def check(place: Place, cell: str, arguments: Values, tier: str) -> tuple[str, str]:
     """Hold a strategy to its bound. What ran, by the planner."""
-    as_good_as_steps(*off_by(place, cell, arguments, tier), EPS[arguments[0].dtype])
+    as_good_as_steps(*off_by(place, cell, arguments, tier), rounding(arguments[0].dtype))
     return place.plan(tier, cell, arguments, arguments[0].dtype)
 
 

@@ -12,7 +12,13 @@ from emulation.device import Buffer, Emulated
 from torch import Tensor
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of CellKind
-NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
+# What kernels store, by the names of the planner, and the rounding of what is stored or multiplied.
+NUMBERS = {
+    "bf16": (torch.bfloat16, 2.0**-7),
+    "fp16": (torch.float16, 2.0**-10),
+    "tf32": (torch.float32, 2.0**-10),
+    "fp32": (torch.float32, 2.0**-23),
+}
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
 GATE_GRADS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
@@ -41,7 +47,7 @@ def attach(machine: Emulated) -> Emulated:
 class Layer:
     machine: Emulated
     cell: str
-    dtype: torch.dtype
+    numbers: str
     T: int
     B: int
     H: int
@@ -55,6 +61,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
+        self.dtype, self.rounding = NUMBERS[self.numbers]
         G, H, D, dtype = GATES[self.cell], self.H, self.D, self.dtype
         lengths = torch.randint(1, self.T + 1, (self.B,)) if self.packed else torch.full((self.B,), self.T)
         lengths[0] = self.T
@@ -94,7 +101,7 @@ class Layer:
         """`words`: the struct of arguments, all of whose members have 8 bytes."""
         arguments = (ctypes.c_int64 * len(words))(*words)
         error = self.machine.library.run_persistent(
-            direction, NUMBERS.index(self.dtype), CELLS.index(self.cell), ctypes.byref(tile), arguments
+            direction, [*NUMBERS].index(self.numbers), CELLS.index(self.cell), ctypes.byref(tile), arguments
         )
         if error:
             raise RuntimeError(error.decode())

@@ -49,7 +49,7 @@ def names(archs) -> list[str]:
         ("sm_80;90a", ["80", "90a"]),
         ("8.0;8.0+PTX;8.0", ["80+PTX"]),  # once each
         ("Ampere", ["80", "86+PTX"]),
-        ("hopper;12.1", ["90a", "121"]),
+        ("hopper;12.1", ["90", "121"]),
     ],
 )
 def test_arch_list(text: str, expected: list[str]) -> None:
@@ -87,6 +87,11 @@ def test_code_names() -> None:
         ("compute_100", "sm_120"),
         ("compute_100", "compute_100"),
     ]
+    assert of("9.0;12.0+PTX") == [
+        ("compute_90", "sm_90"),
+        ("compute_90", "sm_120"),
+        ("compute_90", "compute_90"),
+    ]
 
 
 def test_sources_tell_no_other_architectures_apart() -> None:
@@ -100,15 +105,15 @@ def test_sources_tell_no_other_architectures_apart() -> None:
 @pytest.mark.parametrize(
     ("toolkit", "environ", "gpus", "expected"),
     [
-        (NEWEST, {}, [], ["75", "80", "86", "89", "90a", "100", "120+PTX"]),
-        (OLDER, {}, [], ["75", "80", "86", "89+PTX", "90a"]),  # 90a has no PTX that others could use
-        (NEWEST, {}, ["9.0"], ["90a"]),
+        (NEWEST, {}, [], ["75", "80", "86", "89", "90", "100", "120+PTX"]),
+        (OLDER, {}, [], ["75", "80", "86", "89", "90+PTX"]),
+        (NEWEST, {}, ["9.0"], ["90"]),
         (NEWEST, {}, ["8.0", "12.1"], ["80", "121"]),
         (NEWEST, {}, ["6.1", "8.6"], ["86"]),
-        (OLDER, {}, ["12.0"], ["75", "80", "86", "89+PTX", "90a"]),  # newer than nvcc: the driver translates
+        (OLDER, {}, ["12.0"], ["75", "80", "86", "89", "90+PTX"]),  # newer than nvcc: the driver translates
         (NEWEST, {"TORCH_CUDA_ARCH_LIST": "8.9"}, ["9.0"], ["89"]),
-        (NEWEST, {"TORCH_CUDA_ARCH_LIST": "native"}, ["9.0"], ["90a"]),
-        (NEWEST, {"TORCH_CUDA_ARCH_LIST": " "}, ["9.0"], ["90a"]),
+        (NEWEST, {"TORCH_CUDA_ARCH_LIST": "native"}, ["9.0"], ["90"]),
+        (NEWEST, {"TORCH_CUDA_ARCH_LIST": " "}, ["9.0"], ["90"]),
     ],
 )
 def test_choice_of_architectures(toolkit, environ: dict, gpus: list[str], expected: list[str]) -> None:

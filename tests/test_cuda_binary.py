@@ -29,16 +29,17 @@ ARCHS = tuple(name.removeprefix("sm_") for name in _C.cuda_archs() if name.start
 # What a template argument may be, as C++ spells it.
 CELLS = ("Rnn<Tanh>", "Rnn<Relu>", "Gru", "Lstm")
 NUMBERS = ("float", "double", "Half", "BFloat16")
+EXACT = "Exact"  # float32 in kernels of its own, where plain float is multiplied in TF32
 
 # The numbers that a kernel takes, where they are not all of these.
 TAKES: dict[str, tuple[str, ...]] = {
-    "persistent_forward_kernel": ("float", "Half", "BFloat16"),
-    "persistent_backward_kernel": ("float", "Half", "BFloat16"),
+    "persistent_forward_kernel": ("float", EXACT, "Half", "BFloat16"),
+    "persistent_backward_kernel": ("float", EXACT, "Half", "BFloat16"),
 }
 
 # Disassembling takes seconds an architecture. Which instruction is chosen differs between generations, so the oldest
 # that was built, the newest, and Hopper, which has instructions of its own, stand for all.
-READ = tuple(dict.fromkeys((*ARCHS[:1], *(arch for arch in ARCHS if arch == "90a"), *ARCHS[-1:])))
+READ = tuple(dict.fromkeys((*ARCHS[:1], *(arch for arch in ARCHS if arch == "90"), *ARCHS[-1:])))
 
 
 class Promise(NamedTuple):
@@ -61,6 +62,11 @@ PROMISES = (
         r"step_(forward|backward)_kernel<.*, 4, (Half|BFloat16)>",
         (r"LDG\.E\.128", r"STG\.E\.64"),
         (r"LDG\.E(?!\.128|\.64|\.U8)", r"STG\.E(?!\.128|\.64)"),
+    ),
+    # products on tensor cores, unless they must be exact; k_groups 1 and 8 are on every architecture
+    Promise(r"persistent_\w+_kernel<.*, (float|Half|BFloat16), [18], ", (r"HMMA", r"LDSM"), since=80),
+    Promise(
+        r"persistent_\w+_kernel<.*, Exact, [18], ", (r"FFMA", r"SHFL\.BFLY"), (r"HMMA", r"LDSM"), since=80
     ),
     # the weights, whatever their dtype
     Promise(r"step_fused_kernel<.*>", (r"LDG\.E\.128",)),
@@ -185,7 +191,7 @@ def test_every_kernel_takes_every_cell_and_every_dtype():
     takes = defaultdict(set)
     for kernel in kernels(ARCHS[0]):
         cells = [cell for cell in CELLS if re.search(rf"\b{re.escape(cell)}[,>]", kernel)]
-        numbers = [number for number in NUMBERS if re.search(rf"\b{number}[,>]", kernel)]
+        numbers = [number for number in (*NUMBERS, EXACT) if re.search(rf"\b{number}[,>]", kernel)]
         assert len(cells) <= 1 and len(numbers) <= 1, kernel
         if numbers:  # offsets_kernel knows integers alone
             takes[base(kernel)].add((*cells, *numbers))

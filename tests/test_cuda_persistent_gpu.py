@@ -12,7 +12,6 @@ import pytest
 import torch
 from parity import GRU, LSTM, RNN, RNN_RELU, leaves, make_twins, pack, run, upcast
 from persistent_checks import (
-    DTYPES,
     EMULATED,
     GPU,
     TIERS,
@@ -20,12 +19,22 @@ from persistent_checks import (
     both_passes,
     check,
     places,
-    places_and_dtypes,
+    places_and_numbers,
     reach,
     same_bits,
 )
 from test_cuda import captured, cloned, launches, outputs, redraw
-from test_cuda_persistent_scan import EPS, TF32, as_good_as_steps, errors, gradients_like, problem
+from test_cuda_persistent_scan import (
+    EPS,
+    NUMBERS,
+    TF32,
+    as_good_as_steps,
+    errors,
+    gradients_like,
+    problem,
+    rounding,
+    use,
+)
 from test_cuda_small import draw_twins, run_on
 from test_ops import CELLS, wanted_bits
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +48,7 @@ CYCLES = 30_000_000  # of a kernel that only waits: some hundredths of a second
 tiers = pytest.mark.parametrize("tier", TIERS)
 cells = pytest.mark.parametrize("cell", CELLS)
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_numbers = pytest.mark.parametrize("numbers", NUMBERS)
 
 
 @pytest.fixture(autouse=True)
@@ -59,25 +68,24 @@ EDGES = [(0, 1), (0, 65), (0.3, 8), (0.51, 9), (0.51, 65), (1, 9), (1, 65)]
 @pytest.mark.cuda
 @pytest.mark.parametrize("part, B", EDGES)
 @tiers
-@dtypes
+@every_numbers
 @cells
-def test_numbers_at_the_edges(cell, dtype, tier, part, B):
-    H = max(1, round(part * reach(tier, dtype)))
-    check_numbers(GPU, cell, dtype, tier, *((3, 1) if part == 1 else (5, 2)), B, H)
+def test_numbers_at_the_edges(cell, numbers, tier, part, B):
+    H = max(1, round(part * reach(tier, NUMBERS[numbers])))
+    check_numbers(GPU, cell, numbers, tier, *((3, 1) if part == 1 else (5, 2)), B, H)
 
 
-@pytest.mark.parametrize("B", [1, 9])
+@pytest.mark.parametrize("numbers, B, H", [("tf32", 1, 1), ("fp32", 9, 33), ("bf16", 9, 33)])
 @tiers
 @cells
-def test_numbers_of_emulated_kernels(cell, tier, B):
-    check_numbers(
-        EMULATED, cell, torch.float32 if B == 1 else torch.bfloat16, tier, 3, 2, B, 1 if B == 1 else 33
-    )
+def test_numbers_of_emulated_kernels(cell, tier, numbers, B, H):
+    check_numbers(EMULATED, cell, numbers, tier, 3, 2, B, H)
 
 
-def check_numbers(place: Place, cell, dtype, tier, T, directions, B, H):
-    with place.open():
-        arguments = problem(cell, T, B, 5, H, directions=directions, packed=B in (9, 65), dtype=dtype)
+def check_numbers(place: Place, cell, numbers, tier, T, directions, B, H):
+    with place.open(numbers):
+        dtype, packed = NUMBERS[numbers], B in (9, 65)
+        arguments = problem(cell, T, B, 5, H, directions=directions, packed=packed, dtype=dtype)
         ran = check(place, cell, arguments, tier)
     no_cluster = tier == "cluster" and place is GPU and torch.cuda.get_device_capability() < (9, 0)
     assert set(ran) <= {tier, *STEPS}
@@ -86,29 +94,30 @@ def check_numbers(place: Place, cell, dtype, tier, T, directions, B, H):
         assert (tier not in ran) if no_cluster else ran == (tier, tier), "what it reaches, it runs"
 
 
-@places_and_dtypes(torch.bfloat16, torch.float32)
+@places_and_numbers("bf16", "tf32")
 @tiers
 @kinds
-def test_a_module_trains(kind, dtype, tier, place: Place):
+def test_a_module_trains(kind, numbers, tier, place: Place):
     """Two layers, both directions, packed and padded, a forward pass and a backward pass."""
+    dtype, tf32 = NUMBERS[numbers], numbers == "tf32"
     steps, *sizes = (3, 4, 10) if place is EMULATED else (5, 40, min(100, reach(tier, dtype)))
-    low = torch.bfloat16 if dtype == torch.float32 else dtype
-    share = TF32 / EPS[low] if dtype == torch.float32 else 1.0
+    low = torch.bfloat16 if tf32 else dtype
+    share = TF32 / EPS[low] if tf32 else 1.0
     twins = draw_twins(kind, 0, *sizes, dtype=low, num_layers=2, bidirectional=True)
     x, hx = leaves(twins.ours, steps, 9)
     if kind is RNN_RELU:
         x = x.detach().abs().requires_grad_()
     for how in ({}, {"form": pack([steps, 2, 3, 1, steps, 3, 1, 2, steps])}):
         wanted = list(run(twins.exact, upcast(x), upcast(hx), **how).values())
-        with place.open():
+        with place.open(numbers):
             with place.forced("step"):
                 theirs = errors(list(run_on(place.device, twins.ours, x, hx, **how).values()), wanted)
-            ours = twins.ours.float() if dtype == torch.float32 else twins.ours
-            leaf, states = (x, hx) if dtype != torch.float32 else (widened(x), widened(hx))
+            ours = twins.ours.float() if tf32 else twins.ours
+            leaf, states = (widened(x), widened(hx)) if tf32 else (x, hx)
             with place.forced(tier):
                 found = errors(list(run_on(place.device, ours, leaf, states, **how).values()), wanted)
             twins.ours.to(low)
-        as_good_as_steps(found, [share * error for error in theirs], EPS[dtype])
+            as_good_as_steps(found, [share * error for error in theirs], rounding(dtype))
 
 
 def widened(value):
@@ -160,12 +169,13 @@ def test_the_same_bits_every_time(cell, tier, place: Place):
 
 @pytest.mark.cuda
 @tiers
-@dtypes
+@every_numbers
 @cells
-def test_what_the_plan_says_is_launched(cell, dtype, tier):
+def test_what_the_plan_says_is_launched(cell, numbers, tier):
     """Up to the largest hidden size. A plan that the GPU then refuses would run step kernels, right and unseen."""
     calls, planned = [], Counter()
-    with GPU.open():
+    dtype = NUMBERS[numbers]
+    with GPU.open(numbers):
         for part, B in ((0, 1), (0.51, 9), (1, 9), (1, 65)):
             H = max(1, round(part * reach(tier, dtype)))
             arguments = problem(cell, 3, B, 5, H, directions=1, dtype=dtype)
@@ -339,15 +349,18 @@ def soak(place: Place, rounds: int, largest: float, seed: int) -> None:
     pending: list[tuple[str, torch.Tensor]] = []
     strategies: Counter[str] = Counter()
     for count in range(1, rounds + 1):
-        cell, dtype, tier = CELLS[below(4)], DTYPES[below(3)], TIERS[below(3)]
+        cell, numbers, tier = CELLS[below(4)], [*NUMBERS][below(4)], TIERS[below(3)]
+        dtype = use(numbers)
         H = 16 + below(max(1, round(largest * reach(tier, dtype)) - 16))
         T, B, directions = 1 + below(12), 1 + below(40), 1 + below(2)
         packed = bool(below(2))
-        what = f"round {count}: {cell} {dtype} by {tier}, T {T}, B {B}, H {H}, {directions} ways, packed {packed}"
+        what = f"round {count}: {cell} {numbers} by {tier}, T {T}, B {B}, H {H}, {directions} ways, packed {packed}"
         with torch.cuda.stream(streams[below(3)] if streams else None):
             arguments = problem(cell, T, B, 4, H, directions=directions, packed=packed, dtype=dtype)
             strategies.update(place.plan(tier, cell, arguments, dtype))
-            worst = one_round(place, cell, place.put(arguments), arguments, tier) / (ROUNDINGS * EPS[dtype])
+            worst = one_round(place, cell, place.put(arguments), arguments, tier) / (
+                ROUNDINGS * rounding(dtype)
+            )
         pending.append((what, worst))
         if count % 50 == 0 or count == rounds:
             for stream in streams:

@@ -1,5 +1,6 @@
-"""That the emulation finds a mistake in the exchange of persistent kernels: one kernel at a time is compiled from a
-copy of the sources in which one line is changed, and must fail in some schedule, as it must not without the change."""
+"""That the emulation finds a mistake in the exchange of persistent kernels, or a number that is rounded. One kernel at
+a time is compiled from a copy of the sources in which a line is changed, and must fail in some schedule, as it must not
+without the change."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from emulation import build
 from emulation.device import Emulated
-from persistent_layer import Layer, attach, tile
+from persistent_layer import NUMBERS, Layer, attach, tile
 
 
 class Mistake(NamedTuple):
@@ -26,6 +27,7 @@ KERNELS = {
     "block": ("block", 1, 1),
     "cluster": ("cluster", 2, 1),
     "grid": ("grid", 4, 1),
+    "exact": ("cluster", 4, 1),
 }
 MISTAKES = {
     "block: no barrier": Mistake(
@@ -95,6 +97,9 @@ MISTAKES = {
         "\n    SharedRoom room;",
     ),
     "inputs: nobody waits for them": Mistake("block", "tile.cuh", "copy_wait<kAhead - 1>();", ""),
+    "exact: a state rounded to TF32": Mistake(
+        "exact", "tile.cuh", "if constexpr (std::is_same_v<T, float>) {", "if constexpr (sizeof(T) == 4) {"
+    ),
 }
 
 
@@ -119,6 +124,7 @@ def compiled(kernel: str, mistake: Mistake | None) -> Emulated:
             (made / name).write_text(content)
         made.replace(folder)
     flags = ["-DCELL=Gru", f"-DK_GROUPS={k_groups}", f"-DEXCHANGE=Exchange::{exchange}"]
+    flags.append("-DNUMBER=" + ("Exact" if kernel == "exact" else "BFloat16"))
     return attach(Emulated(build.library("mistake", [folder / "one.cu"], device_flags=flags)))
 
 
@@ -126,7 +132,9 @@ def fails(kernel: str, machine: Emulated, seed: int) -> str:
     """What is wrong with a forward and a backward pass in one schedule; empty: nothing."""
     machine.seed(seed)
     machine.library.frnn_emulation_set_yield_probability(0.05)
-    layer = Layer(machine, "gru", torch.bfloat16, T=5, B=3, H=66)
+    numbers = "fp32" if kernel == "exact" else "bf16"
+    layer = Layer(machine, "gru", numbers, T=5, B=3, H=66)
+    bound = 6 * NUMBERS[numbers][1]
     shape = tile(*KERNELS[kernel])
     try:
         states, gradients = layer.reference()
@@ -135,7 +143,7 @@ def fails(kernel: str, machine: Emulated, seed: int) -> str:
     except RuntimeError as error:
         return str(error)
     for ours, theirs in pairs:
-        if not torch.allclose(ours.double(), theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item()):
+        if not torch.allclose(ours.double(), theirs, rtol=bound, atol=bound * theirs.abs().max().item()):
             return "wrong numbers"
     return ""
 

@@ -22,7 +22,9 @@ from fused_rnn import _C, ops, reference
 
 TIERS = ("block", "cluster", "grid")
 TF32 = 2.0**-10  # a rounding of a factor
-EPS = {torch.float32: TF32, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# The planner's names of what kernels multiply.
+NUMBERS = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Arguments = list[Tensor | None]
 Values = list[Tensor | None]
@@ -40,9 +42,23 @@ def emulation() -> Iterator[None]:
     torch.backends.cudnn.rnn.fp32_precision = before
 
 
+def use(numbers: str) -> torch.dtype:
+    """Its dtype; float32 is multiplied as the name says from here to the end of the test."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee" if numbers == "fp32" else "tf32"
+    return NUMBERS[numbers]
+
+
+def is_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def rounding(dtype: torch.dtype) -> float:
+    return TF32 if is_tf32(dtype) else EPS[dtype]
+
+
 def problem(cell: str, *sizes: int, dtype: torch.dtype, **options: bool | int) -> Arguments:
-    """`make_layer`, in float32 with numbers of bfloat16."""
-    if dtype != torch.float32:
+    """`make_layer`, in TF32 with numbers of bfloat16."""
+    if not is_tf32(dtype):
         return make_layer(cell, *sizes, dtype=dtype, **options)
     arguments = make_layer(cell, *sizes, dtype=torch.bfloat16, **options)
     return [a.float() if a is not None and a.is_floating_point() else a for a in arguments]
@@ -87,7 +103,7 @@ def errors(found: Values, wanted: Values) -> list[float]:
 
 def step_errors(cell: str, arguments: Arguments, gradients: Values, wanted: Values) -> list[float]:
     share = 1.0
-    if arguments[0].dtype == torch.float32:
+    if is_tf32(arguments[0].dtype):
         arguments = [a.bfloat16() if a is not None and a.is_floating_point() else a for a in arguments]
         gradients, wanted = gradients_like(cell, arguments, torch.bfloat16)
         share = TF32 / EPS[torch.bfloat16]
@@ -103,10 +119,10 @@ def check(cell: str, arguments: Arguments, strategy: str, backward: str | None =
     dtype = arguments[0].dtype
     gradients, wanted = gradients_like(cell, arguments, dtype)
     ours = errors(both_passes(cell, arguments, gradients, strategy, backward), wanted)
-    if cell == "rnn_relu" and dtype == torch.float32:
+    if cell == "rnn_relu" and is_tf32(dtype):
         # Its slope jumps at 0, and TF32 brings some sums to the other side: gradients by way of float32's sums.
         ours[2:] = errors(both_passes(cell, arguments, gradients, "step", backward or strategy), wanted)[2:]
-    as_good_as_steps(ours, step_errors(cell, arguments, gradients, wanted), EPS[dtype])
+    as_good_as_steps(ours, step_errors(cell, arguments, gradients, wanted), rounding(dtype))
 
 
 # One warp and several, one block and several, odd sizes, rows that fill no tile, one step.
@@ -114,12 +130,11 @@ SHAPES = [(1, 1, 1, 1), (17, 3, 5, 7), (3, 9, 4, 65), (2, 17, 3, 129), (3, 5, 8,
 
 
 @tiers
-@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("T, B, I, H", SHAPES)
 @cells
-def test_agrees_with_reference(
-    cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, tier: str
-) -> None:
+def test_agrees_with_reference(cell: str, T: int, B: int, I: int, H: int, numbers: str, tier: str) -> None:
+    dtype = use(numbers)
     if tier == "block":  # what it reaches, in test_plan.py
         H = min(H, 64 if dtype == torch.float32 else 128)
     arguments = problem(cell, T, B, I, H, directions=2, packed=B > 1, dtype=dtype)
@@ -127,13 +142,13 @@ def test_agrees_with_reference(
 
 
 @pytest.mark.parametrize("rows", [20, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numbers", ["tf32", "fp32", "bf16"])
 @cells
-def test_a_block_takes_as_many_rows_as_it_must(cell: str, dtype: torch.dtype, rows: int) -> None:
+def test_a_block_takes_as_many_rows_as_it_must(cell: str, numbers: str, rows: int) -> None:
     """13 blocks hold the weights, and there are no more: the rows lie in 3 or 4 groups of 8."""
-    kind = "tf32" if dtype == torch.float32 else "bf16"
+    dtype = use(numbers)
     with fused_rnn.force_plan("grid"):
-        plan = _C.plan(cell=cell, dtype=kind, T=3, B=rows, I=4, H=200, arch="sm_90", multiprocessors=13)
+        plan = _C.plan(cell=cell, dtype=numbers, T=3, B=rows, I=4, H=200, arch="sm_90", multiprocessors=13)
     assert f"13 blocks, each with 16 units of {(rows + 7) // 8 * 8} rows" in plan["tile"]
     with a_gpu(planned=13, multiprocessors=13):
         check(cell, problem(cell, 3, rows, 4, 200, packed=True, dtype=dtype), "grid")
@@ -268,17 +283,20 @@ def test_a_gpu_without_room_for_all_blocks_at_once_runs_step_kernels() -> None:
     )  # rounded to TF32
 
 
-@pytest.mark.parametrize("strategy", ["persistent", *TIERS])
-def test_ieee_float32_stays_with_the_step_kernels(strategy: str) -> None:
-    arguments = make_layer("gru", 5, 9, 6, 33, dtype=torch.float32)
-    with forced("step"):
-        expected = ops.layer_forward("gru", *arguments, True)
-    with forced(strategy):
-        tf32 = ops.layer_forward("gru", *arguments, True)
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"
-        found = ops.layer_forward("gru", *arguments, True)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert 0 < (tf32[0] - expected[0]).abs().max() < 8 * TF32
+@tiers
+@cells
+def test_torch_s_switch_rules_float32(cell: str, tier: str) -> None:
+    """Each pass by the switch as it stands then; a persistent kernel runs either way, and adds up in its own order."""
+    arguments = make_layer(cell, 5, 9, 6, 33, dtype=torch.float32)
+    gradients, wanted = gradients_like(cell, arguments, torch.float32)
+    found = {}
+    for numbers in ("tf32", "fp32"):
+        use(numbers)
+        found[numbers] = both_passes(cell, arguments, gradients, tier)
+    step = both_passes(cell, arguments, gradients, "step")
+    far, near = (errors(found[numbers], wanted) for numbers in ("tf32", "fp32"))
+    assert max(near) < 32 * EPS[torch.float32] < TF32 / 8 < max(far) < 8 * TF32
+    assert not torch.equal(found["fp32"][0], step[0])
 
 
 @pytest.mark.parametrize("strategy", ["persistent", *TIERS])

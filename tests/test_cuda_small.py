@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import parity
 import pytest
-import torch
 from parity import (
     CELLS,
     DTYPES,
@@ -27,8 +26,8 @@ from parity import (
     run,
     upcast,
 )
-from persistent_checks import TIERS, Place, check, places_and_dtypes
-from test_cuda_persistent_scan import problem
+from persistent_checks import TIERS, Place, check, places_and_numbers
+from test_cuda_persistent_scan import NUMBERS, problem
 from test_ops import CELLS as CELL_NAMES
 from torch import Tensor, nn
 
@@ -98,13 +97,14 @@ def test_small(kind, dtype, backend):
 PERSISTENT_SHAPES = ((1, 1, 1), (9, 3, 20), (9, 3, 70))
 
 
-@places_and_dtypes(torch.bfloat16)
+@places_and_numbers("bf16")
 @pytest.mark.parametrize("shape", PERSISTENT_SHAPES, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
-def test_small_persistent(cell, dtype, tier, shape, place: Place):
+def test_small_persistent(cell, numbers, tier, shape, place: Place):
     B, I, H = shape
     if H == 70 and tier == "block":
-        H = 64  # what it reaches with TF32
-    with place.open():
-        check(place, cell, problem(cell, 3, B, I, H, directions=2, packed=B > 1, dtype=dtype), tier)
+        H = 64  # what it reaches in float32
+    with place.open(numbers):
+        options = {"directions": 2, "packed": B > 1, "dtype": NUMBERS[numbers]}
+        check(place, cell, problem(cell, 3, B, I, H, **options), tier)

@@ -28,7 +28,7 @@ from emulation.machines import (
     on_machines,
 )
 
-ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 # ---- Blocks ----

@@ -71,20 +71,20 @@ def test_every_problem_has_a_plan_that_its_gpu_can_run(asked: str | None) -> Non
                 assert prefix + "tile" not in found
                 continue
             assert asked in (None, "persistent", strategy)
-            assert problem["dtype"] in ("tf32", "fp16", "bf16") and arch != "sm_75"
+            assert problem["dtype"] != "fp64" and arch != "sm_75"
             replicas, blocks, units, rows, parts = tile(found[prefix + "tile"])
             assert blocks * units >= H > (blocks - 1) * units
             assert replicas % directions == 0
             assert replicas // directions * rows >= B > (replicas // directions - 1) * rows
             # 256 bytes of every sum are a warp's share, kept in its registers
-            assert parts * (64 if problem["dtype"] == "tf32" else 128) >= H
+            assert parts * (64 if problem["dtype"].endswith("32") else 128) >= H
             assert (units, rows % 8) == (128 // parts, 0)
             assert 0 < found[prefix + "shared_bytes"] <= SHARED_KB[arch] * 1024
             assert (strategy == "block") == (blocks == parts == 1)
             if strategy != "block":  # fewer kernels to compile: persistent.h
-                assert parts in (
-                    (2, 4) if strategy == "cluster" else (8,) if int(arch[3:]) >= 90 else (2, 4, 8)
-                )
+                few = problem["dtype"] == "fp32" or int(arch[3:]) >= 90
+                in_cluster = (4,) if problem["dtype"] == "fp32" else (2, 4)
+                assert parts in (in_cluster if strategy == "cluster" else (8,) if few else (2, 4, 8))
             if strategy == "cluster":
                 assert blocks <= (16 if arch in ("sm_90", "sm_100") else 8) and int(arch[3:]) >= 90
             if strategy == "grid":
@@ -121,13 +121,18 @@ def test_explain_says_that_the_first_use_is_checked() -> None:
         ("block", "bf16", "sm_80", 128),
         ("block", "fp16", "sm_90", 128),
         ("block", "tf32", "sm_90", 64),
+        ("block", "fp32", "sm_80", 64),
         ("cluster", "bf16", "sm_80", 0),
         ("cluster", "bf16", "sm_90", 512),
         ("cluster", "tf32", "sm_100", 256),
+        ("cluster", "fp32", "sm_90", 256),
+        ("cluster", "fp32", "sm_100", 256),
         ("cluster", "fp16", "sm_120", 256),
         ("grid", "fp16", "sm_80", 1024),
         ("grid", "bf16", "sm_90", 1024),
         ("grid", "tf32", "sm_100", 512),
+        ("grid", "fp32", "sm_80", 512),
+        ("grid", "fp32", "sm_90", 512),
     ],
 )
 def test_reach(strategy: str, dtype: str, arch: str, reach: int) -> None:
@@ -140,10 +145,11 @@ def test_reach(strategy: str, dtype: str, arch: str, reach: int) -> None:
 @pytest.mark.parametrize(
     ("problem", "obstacle"),
     [
-        ({"dtype": "fp32"}, "tensor cores"),
-        ({"dtype": "fp64"}, "tensor cores"),
+        ({"dtype": "fp64"}, "float64"),
         ({"P": 64}, "projection"),
         ({"dtype": "fp16", "arch": "sm_75"}, "sm_80"),
+        ({"dtype": "fp32", "arch": "sm_75"}, "sm_80"),
+        ({"dtype": "fp32", "H": 513}, "cannot hold the weights"),
         ({"H": 1025}, "cannot hold the weights"),
         ({"H": 1000, "B": 500}, "cannot hold the weights and the rows"),
         ({"H": 1000, "B": 2, "multiprocessors": 62}, "cannot hold the weights and the rows"),
@@ -175,7 +181,7 @@ def test_a_grid_is_never_larger_than_what_runs_at_once(B: int, H: int, direction
 
 
 def test_the_cheapest_of_the_persistent_strategies() -> None:
-    for B, H, dtype in itertools.product((1, 20, 200), (60, 250, 500), ("bf16", "tf32")):
+    for B, H, dtype in itertools.product((1, 20, 200), (60, 250, 500), ("bf16", "tf32", "fp32")):
         costs = {}
         for strategy in PERSISTENT:
             found = plan(strategy, B=B, H=H, dtype=dtype)
@@ -198,9 +204,11 @@ def totals(name: str, values: tuple, strategy: str | None = "persistent", **prob
     ]
 
 
-@pytest.mark.parametrize("strategy", ["persistent", "step"])
+@pytest.mark.parametrize(
+    ("strategy", "dtype"), [("persistent", "bf16"), ("persistent", "fp32"), ("step", "bf16")]
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_more_work_never_costs_less(cell: str, strategy: str) -> None:
+def test_more_work_never_costs_less(cell: str, strategy: str, dtype: str) -> None:
     for name, values in {
         "T": (1, 2, 10, 1000, 10**5),
         "B": (*range(1, 40), 64, 100, 128, 256, 1000),
@@ -208,7 +216,7 @@ def test_more_work_never_costs_less(cell: str, strategy: str) -> None:
         "directions": (1, 2),
         "packed": (False, True),
     }.items():
-        for costs in totals(name, values, strategy, cell=cell):
+        for costs in totals(name, values, strategy, cell=cell, dtype=dtype):
             assert costs == sorted(costs) and len(costs) > 1, name
 
 
@@ -236,6 +244,16 @@ def test_the_floor_is_the_formula_s() -> None:
     assert plan(B=1, H=512)["floor_step_ns"] == round(cluster)
     grid = 2 * 4 * 1024**2 * 8 / (132 * 4340) + 500 + 132 * 1024 * 2 / 6900 + 80
     assert plan(B=1, H=1024)["floor_step_ns"] == round(grid)
+
+
+def test_exact_products_take_the_instructions_that_they_need() -> None:
+    """For four rows a warp with 16 units of an LSTM and 64 numbers of k has 512 multiply-adds; forward 32 loads, and 24
+    shuffles with a sum each; backward 64 and 30. A multiprocessor issues 4 instructions a cycle, of 8 warps."""
+    for prefix, instructions in (("", 512 + 32 + 48), ("backward_", 512 + 64 + 60)):
+        four = 2 * instructions / 1.98
+        cost = {B: plan("block", B=B, H=64, dtype="fp32")[prefix + "modelled_step_ns"] for B in (1, 4, 5, 8)}
+        assert cost[1] == cost[4] and cost[5] == cost[8]
+        assert abs(cost[8] - cost[4] - four) <= 1 and abs(cost[4] - four - 100) <= 1
 
 
 def test_the_input_of_a_persistent_kernel_comes_in_chunks() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-# Turing to Blackwell. 90a and not 90: the `a` unlocks wgmma, and no other GPU would run code for plain 90.
-CUDA_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+# Turing to Blackwell. 90 and not 90a, which has wgmma: no kernel uses it, and newer architectures share the PTX of 90.
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 
 # The architectures that csrc/cuda/*.cu tell apart, by __CUDA_ARCH__.
 GENERATIONS = (75, 80, 90)
@@ -25,7 +25,7 @@ NAMED_ARCHS = {
     "turing": "7.5+PTX",
     "ampere": "8.0;8.6+PTX",
     "ada": "8.9+PTX",
-    "hopper": "9.0a",
+    "hopper": "9.0",
     "blackwell": "10.0;12.0+PTX",
 }
 
@@ -121,7 +121,7 @@ def choose_archs(toolkit: Toolkit, environ: Mapping[str, str], gpus: list[str]) 
     mine = sorted({int(gpu.replace(".", "")) for gpu in gpus if int(gpu.replace(".", "")) >= 75})
     known = [number for number in mine if number in toolkit.archs]
     if mine and known == mine:
-        return [Arch("90a" if number == 90 else str(number)) for number in mine]
+        return [Arch(str(number)) for number in mine]
     # No GPU, or one newer than this nvcc: everything, with PTX of the newest for the driver to translate.
     archs = [Arch(name) for name in CUDA_ARCHS if Arch(name).number in toolkit.archs]
     if not archs:

@@ -39,7 +39,7 @@ const KnownGpu& known(int arch) {
 }
 
 // FLOP/ns of a multiprocessor without tensor cores: 128 lanes at 1.98 GHz.
-constexpr double kScalarProducts = 507;
+constexpr double kGigahertz = 1.98, kScalarProducts = 507;
 // Bytes/ns: a multiprocessor's shared memory, 128 a cycle; what one of them draws from L2, and all of them together;
 // what a block receives from the others of its cluster (3.3 TB/s over the 114 of an H800, by microbenchmarks).
 constexpr double kShared = 225, kL2ToOne = 112, kL2ToAll = 6900, kCluster = 29;
@@ -98,6 +98,26 @@ double memory_time(const CudaProblem& p) {
   return static_cast<double>(p.B * p.H * p.D * bytes) / known(p.gpu.arch).memory;
 }
 
+// Rows are multiplied by eights, on tensor cores; by fours without.
+int64_t multiplied_rows(const CudaProblem& p, int64_t rows) {
+  return rounded_up(rows, p.dtype == CudaDtype::fp32 ? 4 : 8);
+}
+
+// ns of a block's product in exact.cuh, by its instructions: a multiprocessor issues 128 lanes of them in a cycle, a warp's
+// way through shared memory takes one. `pieces`: of each warp.
+double exact_product_time(const CudaProblem& p, double pieces, int64_t rows) {
+  const int gates = gates_of(p), vectors = exchanged_vectors(p.pass, gates);
+  const bool pairs =
+      p.pass == Pass::forward && gates > 1;  // what a lane has of the units, and eights otherwise
+  const int units = pairs ? 2 : 8, sums = units * (p.pass == Pass::forward ? gates : 1);
+  // For four rows: numbers of the state, in pairs and from both halves of a warp, or one by one.
+  const double loads = pieces * 4 * (pairs ? 2 : vectors), ways = pairs ? 2 : 1;
+  const double halvings = 4 * sums - 2 * sums / units;  // a shuffle and a sum each
+  const double issued = pieces * 4 * 8 * gates + loads + 2 * halvings, shared = loads * ways + halvings;
+  const double cycles = std::max(issued * kTileThreads / 128, shared * kTileWarps);
+  return static_cast<double>(rows) / 4 * cycles / kGigahertz;
+}
+
 }  // namespace
 
 CudaGpu typical_gpu(int arch) {
@@ -133,10 +153,13 @@ CudaCost cost_of_tile(const CudaProblem& p, const Tile& tile, int64_t launches) 
   const double weights = gates * tile_units(tile.k_groups) * multiplied;
   const double state = rows * static_cast<double>(p.H * size * exchanged_vectors(p.pass, gates));
 
-  const double product = 2 * weights * rows / products_per_ns(p);
+  double product = 2 * weights * rows / products_per_ns(p);
   // Every group of units reads all of the state; partial sums are written and read.
   const double read =
       kTileWarps / tile.k_groups * rows * multiplied * size * exchanged_vectors(p.pass, gates) / kShared;
+  if (p.dtype == CudaDtype::fp32)
+    product = exact_product_time(p, multiplied / tile.k_groups * size / kPieceBytes,
+                                 multiplied_rows(p, std::min<int64_t>(p.B, 8 * tile.columns)));
   const int sums_of_row = p.pass == Pass::forward ? gates : 1;
   const double sums =
       tile.k_groups == 1 ? 0 : 2.0 * kTileThreads * 16 * tile.columns * sums_of_row / kShared + kBarrier;
@@ -165,7 +188,7 @@ double floor_of_step(const CudaProblem& p) {
     if (weights / share > kWeightBytes) continue;
     for (int64_t parts = 1; parts * blocks * p.D <= p.gpu.multiprocessors && parts <= p.B; ++parts) {
       const int64_t rows = (p.B + parts - 1) / parts;
-      const double product = flops(p) * static_cast<double>(rounded_up(rows, 8)) / (share * rate);
+      const double product = flops(p) * static_cast<double>(multiplied_rows(p, rows)) / (share * rate);
       const double read = (weights / share - kRegisterBytes) / kShared;
       const double state = static_cast<double>(rows) * row;
       double exchange = kGridExchange + std::max(state / kL2ToOne,

@@ -60,8 +60,8 @@ struct Seat {
   }
   // Pair i of the thread: its number in the tile, the first of its batch rows there, and the one that is the thread's.
   __device__ __forceinline__ int pair(int i) const { return k_group + i * kGroups; }
-  __device__ __forceinline__ int first_row(int i) const { return pair(i) / 2 * 8 + pair(i) % 2; }
-  __device__ __forceinline__ int row(int i) const { return first_row(i) + lane % 4 * 2; }
+  __device__ __forceinline__ int first_row(int i) const { return pair(i) * 4; }
+  __device__ __forceinline__ int row(int i) const { return first_row(i) + lane % 4; }
 };
 
 // The pairs that a thread finishes, as both passes see them.
@@ -135,33 +135,31 @@ __device__ __forceinline__ ExchangeMemory<T> take_exchange(SharedRoom& room, con
 }
 
 // Whether there is a kernel on the architecture that is compiled for. The emulation has those of every one.
-template <int kGroups, Exchange kExchange>
+template <class T, int kGroups, Exchange kExchange>
 #ifdef FRNN_EMULATION
 constexpr bool kHasKernel = true;
 #else
-constexpr bool kHasKernel = tile_exists(Tile{kGroups, 1, kExchange}, FRNN_ARCH / 10);
+constexpr bool kHasKernel =
+    tile_exists(Tile{kGroups, 1, kExchange}, FRNN_ARCH / 10, std::is_same_v<T, Exact>);
 #endif
 
 // ---- Host ------------------------------------------------------------------------------------------------------------
 
 // Calls f with k_groups and exchange as constants, of the combinations that there are.
-template <class F>
+template <class T, class F>
 const char* with_tile(const Tile& tile, F&& f) {
   constexpr auto cluster = std::integral_constant<Exchange, Exchange::cluster>{};
   constexpr auto grid = std::integral_constant<Exchange, Exchange::grid>{};
   const bool in_cluster = tile.exchange == Exchange::cluster;
   if (tile.exchange == Exchange::block)
     return f(std::integral_constant<int, 1>{}, std::integral_constant<Exchange, Exchange::block>{});
-  switch (tile.k_groups) {
-    case 2:
-      return in_cluster ? f(std::integral_constant<int, 2>{}, cluster)
-                        : f(std::integral_constant<int, 2>{}, grid);
-    case 4:
-      return in_cluster ? f(std::integral_constant<int, 4>{}, cluster)
-                        : f(std::integral_constant<int, 4>{}, grid);
-    default:
-      return f(std::integral_constant<int, 8>{}, grid);
+  if (in_cluster && tile.k_groups == 4) return f(std::integral_constant<int, 4>{}, cluster);
+  if constexpr (!std::is_same_v<T, Exact>) {
+    if (in_cluster) return f(std::integral_constant<int, 2>{}, cluster);
+    if (tile.k_groups == 2) return f(std::integral_constant<int, 2>{}, grid);
+    if (tile.k_groups == 4) return f(std::integral_constant<int, 4>{}, grid);
   }
+  return f(std::integral_constant<int, 8>{}, grid);
 }
 
 // What a kernel must be told before it is launched in this shape.

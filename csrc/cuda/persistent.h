@@ -3,7 +3,7 @@
 // the tier: inside one block, through the shared memory of a cluster (sm_90), or through global memory.
 //
 // Names as in args.h: T steps, N rows of all steps, B rows of the longest step, H hidden size, G gates. T is Half,
-// BFloat16, or float, whose products are then in TF32. sm_80 and newer.
+// BFloat16, float, whose products are then in TF32, or Exact, float without. sm_80 and newer.
 #pragma once
 
 #include <stdint.h>
@@ -33,11 +33,13 @@ constexpr int kTileWarps = 8;
 
 // Which there are on an architecture, 90 for sm_90: one warp for all of a sum where one block holds everything and nowhere
 // else, and eight only across the grid. A cluster, where there are any, takes all that 2 or 4 reach: fewer kernels to
-// compile.
-constexpr bool tile_exists(const Tile& tile, int arch) {
+// compile. `exact`: for T = Exact. The more blocks share its products, which take the longest part of a step, the better:
+// four warps to a sum in a cluster, eight in a grid.
+constexpr bool tile_exists(const Tile& tile, int arch, bool exact) {
   if (arch < 80) return false;
   if (tile.k_groups == 1 || tile.exchange == Exchange::block)
     return tile.k_groups == 1 && tile.exchange == Exchange::block;
+  if (exact && tile.k_groups != (tile.exchange == Exchange::cluster ? 4 : kTileWarps)) return false;
   const bool in_cluster = arch >= 90 && tile.k_groups < kTileWarps;
   return tile.exchange == (in_cluster ? Exchange::cluster : Exchange::grid);
 }

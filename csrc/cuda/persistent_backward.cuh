@@ -21,6 +21,7 @@ class BackwardPairs : public SeatPairs<kGroups> {
                        kHidden = kCell + Cell::kHasCellState, kGrad = kHidden + 1, kValues = kGrad + 1;
   static_assert(kValues == inputs_of_pair(Pass::backward, G), "tile_shared_bytes counts them");
   using Inputs = Ahead<T, kValues, kAhead>;
+  using Number = CellNumber<T>;
 
   // What a step leaves for the gradients of the weights.
   struct Results {
@@ -65,8 +66,8 @@ class BackwardPairs : public SeatPairs<kGroups> {
     float dgates[Cell::kGateGrads][2], carry_new[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const auto unit = [k](float2 of) { return Approximate(k == 0 ? of.x : of.y); };
-      Approximate unit_saved[Cell::kSaved + 1], unit_grads[Cell::kGateGrads], unit_carry = unit(carry);
+      const auto unit = [k](float2 of) { return Number(k == 0 ? of.x : of.y); };
+      Number unit_saved[Cell::kSaved + 1], unit_grads[Cell::kGateGrads], unit_carry = unit(carry);
 #pragma unroll
       for (int s = 0; s < Cell::kSaved; ++s) unit_saved[s] = unit(saved[s]);
       Cell::step_grad(unit_saved, unit(output), unit(h), unit(c), unit(dh_[i]) + unit(grad), unit_carry,
@@ -176,7 +177,7 @@ template <class Cell, class T, int kGroups, Exchange kExchange>
 __global__ void __launch_bounds__(kTileThreads, 1)
     persistent_backward_kernel(const PersistentBackward<T> args, const int columns, const int row,
                                const bool whole) {
-  if constexpr (!kHasKernel<kGroups, kExchange>) {
+  if constexpr (!kHasKernel<T, kGroups, kExchange>) {
     __trap();
   } else {
     constexpr int G = Cell::kGates;
@@ -246,21 +247,13 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       Pairs::Inputs::end_round();
 
       const T* state = exchange.receive();
-      state += seat.lane % 8 * row + seat.lane / 8 * (16 / sizeof(T)) + seat.first_k;
+      state = Weights::first(state + seat.first_k, row);
       float sum[1][4];
       for (int column = 0; column < columns; ++column) {
-        // By gate, for more chains of products side by side.
-        float sums[G][4];
-#pragma unroll
-        for (int g = 0; g < G; ++g) sums[g][0] = sums[g][1] = sums[g][2] = sums[g][3] = 0;
+        sum[0][0] = sum[0][1] = sum[0][2] = sum[0][3] = 0;
         if (seat.first_unit < replica.H)
-          weights.template multiply_by<G>(sums, state + column * 8 * row, exchange.vector(), seat.pieces);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sum[0][j] = sums[0][j];
-#pragma unroll
-          for (int g = 1; g < G; ++g) sum[0][j] += sums[g][j];
-        }
+          weights.multiply_by(sum, state + column * 8 * row, row, exchange.vector(), seat.pieces,
+                              replica.rows - column * 8);
         if constexpr (kGroups == 1) break;  // most_columns
         reduction.put(column, sum);
       }
@@ -298,7 +291,7 @@ const char* persistent_backward(CellKind kind, const Tile& tile, const Persisten
                                 void* stream) {
   return with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    return with_tile(tile, [&](auto k_groups, auto exchange) {
+    return with_tile<T>(tile, [&](auto k_groups, auto exchange) {
       return launch_persistent(&persistent_backward_kernel<Cell, T, k_groups, exchange>, Pass::backward,
                                Cell::kGates, sizeof(T), tile, args, in_pairs(args), stream);
     });
@@ -309,7 +302,7 @@ template <class T>
 const char* persistent_backward_residents(CellKind kind, const Tile& tile, int64_t H, int64_t* replicas) {
   return with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    return with_tile(tile, [&](auto k_groups, auto exchange) {
+    return with_tile<T>(tile, [&](auto k_groups, auto exchange) {
       return residents(&persistent_backward_kernel<Cell, T, k_groups, exchange>, tile,
                        shape_of(Pass::backward, Cell::kGates, sizeof(T), tile, 1, H, 1), replicas);
     });

@@ -16,6 +16,7 @@ class ForwardPairs : public SeatPairs<kGroups> {
   static constexpr int G = Cell::kGates;
   static constexpr int kAhead = steps_ahead(kGroups);
   using Inputs = Ahead<float, G, kAhead>;  // gates_x
+  using Number = CellNumber<T>;
 
   // What a step leaves for the backward pass.
   struct Saved {
@@ -69,16 +70,12 @@ class ForwardPairs : public SeatPairs<kGroups> {
   }
 
   // Makes the state before the step zero, where that is asked for: the sums over it as well.
-  __device__ __forceinline__ void reset(const bool (&reset)[kPairs], float (&sums)[kPairs][G][2]) {
-    if (!p_.reset) return;
+  __device__ __forceinline__ void reset(int i, bool reset, float (&sums)[G][2]) {
+    if (!reset) return;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      if (!reset[i]) continue;
-#pragma unroll
-      for (int g = 0; g < G; ++g) sums[i][g][0] = sums[i][g][1] = 0;
-      h_[i] = StoredPair<T>(0, 0);
-      if constexpr (Cell::kHasCellState) c_[i][0] = c_[i][1] = 0;
-    }
+    for (int g = 0; g < G; ++g) sums[g][0] = sums[g][1] = 0;
+    h_[i] = StoredPair<T>(0, 0);
+    if constexpr (Cell::kHasCellState) c_[i][0] = c_[i][1] = 0;
   }
 
   // Pair i in one step, from its sums over h_{t-1}. All compute, so that nothing keeps the pairs apart; a row that takes
@@ -94,16 +91,16 @@ class ForwardPairs : public SeatPairs<kGroups> {
     float h_new[2], c_new[2], saved_new[Cell::kSaved + 1][2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      Approximate unit_x[G], unit_h[G], unit_saved[Cell::kSaved + 1];
+      Number unit_x[G], unit_h[G], unit_saved[Cell::kSaved + 1];
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        float& of_h = unit_h[g].value;
-        unit_x[g].value = k == 0 ? x[g].x + biases[g].x : x[g].y + biases[g].y;
-        of_h = sums[g][k];
+        float of_h = sums[g][k];
         if (g == kSplitGate) of_h += k == 0 ? biases[G].x : biases[G].y;
+        unit_x[g] = Number(k == 0 ? x[g].x + biases[g].x : x[g].y + biases[g].y);
+        unit_h[g] = Number(of_h);
       }
-      Approximate c(Cell::kHasCellState ? c_[i][k] : 0.0f);
-      const Approximate h(k == 0 ? h_before.x : h_before.y);
+      Number c(Cell::kHasCellState ? c_[i][k] : 0.0f);
+      const Number h(k == 0 ? h_before.x : h_before.y);
       h_new[k] = Cell::step(unit_x, unit_h, h, c, unit_saved).value;
       c_new[k] = c.value;
 #pragma unroll
@@ -214,7 +211,7 @@ template <class Cell, class T, int kGroups, Exchange kExchange>
 __global__ void __launch_bounds__(kTileThreads, 1)
     persistent_forward_kernel(const PersistentForward<T> args, const int columns, const int row,
                               const bool whole) {
-  if constexpr (!kHasKernel<kGroups, kExchange>) {
+  if constexpr (!kHasKernel<T, kGroups, kExchange>) {
     __trap();
   } else {
     constexpr int G = Cell::kGates;
@@ -253,13 +250,13 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       if (order + Pairs::kAhead < last)
         places[Pairs::kAhead] = place(args, replica.direction, order + Pairs::kAhead);
       const T* state = order == first ? exchange.start() : exchange.receive();
-      state += seat.lane % 8 * row + seat.lane / 8 * (16 / sizeof(T)) + seat.first_k;
+      state = Weights::first(state + seat.first_k, row);
       float sums[G][4];
       for (int column = 0; column < columns; ++column) {
 #pragma unroll
         for (int g = 0; g < G; ++g) sums[g][0] = sums[g][1] = sums[g][2] = sums[g][3] = 0;
         if (seat.first_unit < replica.H)
-          weights.template multiply_by<1>(sums, state + column * 8 * row, 0, seat.pieces);
+          weights.multiply_by(sums, state + column * 8 * row, row, 0, seat.pieces, replica.rows - column * 8);
         if constexpr (kGroups == 1) break;  // most_columns
         reduction.put(column, sums);
       }
@@ -267,20 +264,19 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
       Pairs::Inputs::wait();
       typename Pairs::Saved saved[kPairs];
-      float whole_sums[kPairs][G][2];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
+        if (!pairs.any(i)) continue;
+        float whole_sums[G][2];
         if constexpr (kGroups == 1) {
 #pragma unroll
-          for (int g = 0; g < G; ++g) whole_sums[i][g][0] = sums[g][i], whole_sums[i][g][1] = sums[g][i + 2];
+          for (int g = 0; g < G; ++g) whole_sums[g][0] = sums[g][i], whole_sums[g][1] = sums[g][i + 2];
         } else {
-          if (pairs.any(i)) reduction.take(seat.pair(i), whole_sums[i]);
+          reduction.take(seat.pair(i), whole_sums);
         }
+        pairs.reset(i, reset[0][i], whole_sums);
+        pairs.step(i, order % Pairs::kAhead, places[0], whole_sums, saved[i]);
       }
-      pairs.reset(reset[0], whole_sums);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-        if (pairs.any(i)) pairs.step(i, order % Pairs::kAhead, places[0], whole_sums[i], saved[i]);
       if (order + 1 < last) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i)
@@ -321,7 +317,7 @@ const char* persistent_forward(CellKind kind, const Tile& tile, const Persistent
                                void* stream) {
   return with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    return with_tile(tile, [&](auto k_groups, auto exchange) {
+    return with_tile<T>(tile, [&](auto k_groups, auto exchange) {
       return launch_persistent(&persistent_forward_kernel<Cell, T, k_groups, exchange>, Pass::forward,
                                Cell::kGates, sizeof(T), tile, args, in_pairs(args), stream);
     });
@@ -332,7 +328,7 @@ template <class T>
 const char* persistent_forward_residents(CellKind kind, const Tile& tile, int64_t H, int64_t* replicas) {
   return with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    return with_tile(tile, [&](auto k_groups, auto exchange) {
+    return with_tile<T>(tile, [&](auto k_groups, auto exchange) {
       return residents(&persistent_forward_kernel<Cell, T, k_groups, exchange>, tile,
                        shape_of(Pass::forward, Cell::kGates, sizeof(T), tile, 1, H, 1), replicas);
     });

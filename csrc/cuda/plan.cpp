@@ -37,9 +37,8 @@ int64_t chunk_steps(const CudaProblem& p, int64_t bytes) {
 // Why no persistent kernel can run this, whatever the tile; null if one may.
 const char* obstacle(const CudaProblem& p) {
   if (p.P > 0) return "a projection is not built into the persistent kernels";
-  if (p.dtype == CudaDtype::fp32 || p.dtype == CudaDtype::fp64)
-    return "the persistent kernels multiply on tensor cores, in 16 bits or TF32";
-  if (p.gpu.arch < 80) return "the persistent kernels need the tensor cores of sm_80";
+  if (p.dtype == CudaDtype::fp64) return "the persistent kernels know no float64";
+  if (p.gpu.arch < 80) return "the persistent kernels are for sm_80 and newer";
   return nullptr;
 }
 
@@ -82,7 +81,8 @@ Best best_persistent(const CudaProblem& p, Strategy wish) {
     for (int k_groups = 1; k_groups <= kTileWarps; k_groups *= 2)
       for (int columns = 1; columns <= most_columns(k_groups); ++columns) {
         const Tile tile{k_groups, columns, exchange};
-        if (!tile_exists(tile, p.gpu.arch) || !fits(p, tile)) continue;
+        const bool exact = p.dtype == CudaDtype::fp32;
+        if (!tile_exists(tile, p.gpu.arch, exact) || !fits(p, tile)) continue;
         const CudaCost cost = cost_of_tile(p, tile, (p.T + chunk - 1) / chunk);
         if (best.found && best.cost.total(p.T) <= cost.total(p.T)) continue;
         best = {true, strategy, tile, cost, chunk};

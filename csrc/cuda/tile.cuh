@@ -2,10 +2,13 @@
 // eight batch rows at a time; and the sums of k_groups warps over the same units.
 //
 // The rows of a product are units, its columns batch rows. With g = lane / 4 and t = lane % 4, row g of the tensor core's
-// 16 x 8 result is unit 2g and row g + 8 is unit 2g + 1, so that a lane holds pairs of neighbouring units: pair 0 of batch
-// row 2t, pair 1 of batch row 2t + 1. All gates of a pair lie in the same lane.
+// 16 x 8 result is unit 2g and row g + 8 is unit 2g + 1, so that a lane holds pairs of neighbouring units. Its columns 2t
+// and 2t + 1 are batch rows t and t + 4: pair 0 and pair 1. All gates of a pair lie in the same lane.
 #pragma once
 
+#include <type_traits>
+
+#include "exact.cuh"
 #include "numbers.cuh"
 #include "persistent.h"
 #include "ptx.cuh"
@@ -29,7 +32,7 @@ struct StoredPair {
   // As a product sees them.
   __device__ __forceinline__ StoredPair multiplied() const {
     StoredPair pair = *this;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) pair.word[w] = to_tf32(__uint_as_float(word[w]));
     }
@@ -49,6 +52,7 @@ struct StoredPair {
     word[0] = __float_as_uint(first);
     word[1] = __float_as_uint(second);
   }
+  __device__ __forceinline__ void set(Exact, float first, float second) { set(float{}, first, second); }
   __device__ __forceinline__ float2 get(BFloat16) const {
     return {__uint_as_float(word[0] << 16), __uint_as_float(word[0] & 0xffff0000u)};
   }
@@ -60,6 +64,7 @@ struct StoredPair {
   __device__ __forceinline__ float2 get(float) const {
     return {__uint_as_float(word[0]), __uint_as_float(word[1])};
   }
+  __device__ __forceinline__ float2 get(Exact) const { return get(float{}); }
 };
 
 // The number that a product sees in place of a stored one.
@@ -92,6 +97,7 @@ template <class T, int G, bool kTransposed>
 struct WeightFragments {
   static constexpr int kPieces = kRunBytes / kPieceBytes;
   static constexpr int kPiece = kPieceBytes / sizeof(T);  // numbers
+  static constexpr int kSums = kTransposed ? 1 : G;       // of a unit; transposed, the gates are added up
   uint32_t word[kPieces][2][G][4];
 
   // Zero beyond H in either direction. `whole`: H is even and w_hh aligned to pairs. `staged`: kWeightStage bytes of shared
@@ -145,38 +151,68 @@ struct WeightFragments {
           }
         }
       __syncwarp();
+      if constexpr (kExact) {
+        ExactProducts<G, kTransposed>::template load<kStagedGate, kStagedRow>(word[piece], own, row_of_unit);
+      } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int gate = 0; gate < G; ++gate)
-          load_matrices(word[piece][half][gate], own + gate * kStagedGate + lane % 16 * kStagedRow +
-                                                     (2 * half + lane / 16) * (16 / sizeof(T)));
+          for (int gate = 0; gate < G; ++gate)
+            load_matrices(word[piece][half][gate], own + gate * kStagedGate + lane % 16 * kStagedRow +
+                                                       (2 * half + lane / 16) * (16 / sizeof(T)));
+      }
     }
   }
 
-  // sums[gate] += the products of all k with 8 rows. `state`: the address that this lane gives to load_matrices in the
-  // first piece. V: the state is one vector for all gates, or, `vector` numbers apart, one for each.
-  template <int V>
-  __device__ __forceinline__ void multiply_by(float (&sums)[G][4], const T* state, int vector,
-                                              int pieces) const {
+  // What multiply_by wants of this lane. `state`: the first of 8 rows, `row` numbers apart, and the first k.
+  static __device__ __forceinline__ const T* first(const T* state, int row) {
+    if constexpr (kExact) {
+      return ExactProducts<G, kTransposed>::first(state, row);
+    } else {  // the address that it gives to load_matrices in the first piece
+      const int lane = threadIdx.x % 32;
+      return state + (lane % 2 * 4 + lane % 8 / 2) * row + lane / 8 * (16 / sizeof(T));
+    }
+  }
+
+  // The sums of the products of all k with 8 rows, of which the batch has `rows`. The state is one vector for all gates,
+  // or, transposed, one for each, `vector` numbers apart.
+  __device__ __forceinline__ void multiply_by(float (&sums)[kSums][4], const T* state, int row, int vector,
+                                              int pieces, int rows) const {
+    constexpr int V = kTransposed ? G : 1;
+    if constexpr (kExact) {
+      ExactProducts<G, kTransposed>::template multiply<V>(sums, word, state, row, vector, pieces, rows);
+    } else {
+      float chains[G][4];  // by gate: more of them side by side
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (piece >= pieces) break;
-      uint32_t b[V][4];
+      for (int gate = 0; gate < G; ++gate)
+        chains[gate][0] = chains[gate][1] = chains[gate][2] = chains[gate][3] = 0;
 #pragma unroll
-      for (int v = 0; v < V; ++v) load_matrices(b[v], state + v * vector + piece * kPiece);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (piece >= pieces) break;
+        uint32_t b[V][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+        for (int v = 0; v < V; ++v) load_matrices(b[v], state + v * vector + piece * kPiece);
 #pragma unroll
-        for (int gate = 0; gate < G; ++gate) {
-          const uint32_t (&all)[4] = b[V == 1 ? 0 : gate];
-          const uint32_t own[2] = {all[2 * half], all[2 * half + 1]};
-          multiply(T{}, sums[gate], word[piece][half][gate], own);
-        }
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int gate = 0; gate < G; ++gate) {
+            const uint32_t (&all)[4] = b[V == 1 ? 0 : gate];
+            const uint32_t own[2] = {all[2 * half], all[2 * half + 1]};
+            multiply(T{}, chains[gate], word[piece][half][gate], own);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int s = 0; s < kSums; ++s) sums[s][i] = chains[s][i];
+#pragma unroll
+        for (int gate = kSums; gate < G; ++gate) sums[0][i] += chains[gate][i];
+      }
     }
   }
 
  private:
+  static constexpr bool kExact = std::is_same_v<T, Exact>;
   using Line = Packed<T, kInWord<T>>;
   static constexpr int kLines = (kTransposed ? 16 : kPiece) / kInWord<T>;  // words side by side in w_hh
   static constexpr int kLoads = 16 * kPiece / kInWord<T> / 32;  // words a lane, of a piece of one gate

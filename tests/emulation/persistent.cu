@@ -13,7 +13,8 @@ template <class F>
 auto with_numbers(int number, F&& f) {
   if (number == 0) return f(frnn::BFloat16{});
   if (number == 1) return f(frnn::Half{});
-  return f(float{});
+  if (number == 2) return f(float{});
+  return f(frnn::Exact{});
 }
 
 }  // namespace

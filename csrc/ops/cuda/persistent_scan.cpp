@@ -129,6 +129,7 @@ void persistent_backward_scan(const Problem& p, const CudaPlan& plan, BackwardTe
   template void persistent_backward_scan<T>(const Problem&, const CudaPlan&, BackwardTensors&, void*,     \
                                             const Tensor&);
 INSTANTIATE(float)
+INSTANTIATE(Exact)
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 #undef INSTANTIATE

@@ -18,12 +18,12 @@ void check(const char* error, const char* kernel, const Problem& p) {
 
 namespace {
 
-// Stored numbers, as csrc/cuda names them: calls f with a value of the type.
+// Numbers as the persistent kernels name them: calls f with a value of the type.
 template <class F>
 void with_dtype(at::ScalarType dtype, F&& f) {
   switch (dtype) {
     case at::kFloat:
-      return f(float{});
+      return recurrent_tf32() ? f(float{}) : f(Exact{});
     case at::kDouble:
       return f(double{});
     case at::kHalf:
@@ -70,7 +70,7 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
   void* stream = current_stream(p.device);
   if constexpr (kHasPersistent<T>)
     if (is_persistent(planned.strategy)) return persistent_forward_scan<T>(p, planned, save, t, stream);
-  step_forward_scan<T>(p, planned, save, t, stream);
+  step_forward_scan<Stored<T>>(p, planned, save, t, stream);
 }
 
 template <class T>
@@ -79,7 +79,7 @@ void backward(const Problem& p, BackwardTensors& t) {
   void* stream = current_stream(p.device);
   if constexpr (kHasPersistent<T>)
     if (is_persistent(planned.strategy)) return persistent_backward_scan<T>(p, planned, t, stream);
-  step_backward_scan<T>(p, t, stream);
+  step_backward_scan<Stored<T>>(p, t, stream);
 }
 
 // Torch's own gradients of weights are sums of one product a step; a single running sum over the rows of all steps

@@ -2,6 +2,8 @@
 // Between the steps nothing is allocated and nothing waits: all of a scan can be captured in a CUDA graph.
 #pragma once
 
+#include <type_traits>
+
 #include "../../cuda/plan.h"
 #include "../scan.h"
 #include "gpu.h"
@@ -14,7 +16,12 @@ void step_forward_scan(const Problem& p, const CudaPlan& plan, bool save, Forwar
 template <class T>
 void step_backward_scan(const Problem& p, BackwardTensors& t, void* stream);
 
-// T: float, Half, BFloat16. `gave_up`: of a check, int32 and zero; not zero afterwards if a block waited for another in vain.
+// The step kernels' own name: they leave products to matrix products, which torch's switches rule.
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, Exact>, float, T>;
+
+// T: float, Exact, Half, BFloat16. `gave_up`: of a check, int32 and zero; not zero afterwards if a block waited for another
+// in vain.
 template <class T>
 void persistent_forward_scan(const Problem& p, const CudaPlan& plan, bool save, ForwardTensors& t,
                              void* stream, const Tensor& gave_up = {});
