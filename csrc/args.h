@@ -57,8 +57,8 @@ struct BackwardDirection {
   const T* grad_output;  // [N, Hr], row stride grad_output_stride, or null: zero
   int64_t grad_output_stride;
   const T* grad_hn;  // [B, Hr] or null: zero
-  T* dgates;         // [N, kGateGrads*H]
-  T* dproj;          // [N, P], gradient of the projected state; null without a projection
+  T* dgates;         // [N, kGateGrads*H]; may be `saved` itself, of a cell where both are as large
+  T* dh;             // [N, Hr], gradient of every h_t; null where not wanted, never with a projection
   T* carry;  // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
   T* dh0;    // [B, Hr] or null: not wanted. The GRU's carry is added into it
 };
@@ -73,12 +73,20 @@ struct TangentDirection {
   const T* c0;          // [B, H] or null: zero
   const T* output;      // [N, Hr], row stride output_stride
   const T* saved;       // [N, kSaved*H]
-  const T* x_tangent;   // [N, G*H], of the input side of the pre-activations, or null: zero
-  const T* hh_tangent;  // [N, G*H], of their recurrent side, the part due to w_hh and b_hh, or null: zero
-  const T* hr_tangent;  // [N, P], of the projected state, the part due to w_hr, or null: zero
-  const T* h0_tangent;  // [B, Hr] or null: zero
-  const T* c0_tangent;  // [B, H] or null: zero
-  T* output_tangent;    // [N, Hr], row stride output_stride
+  const T* x_tangent;   // [N, G*H], of the input side of the pre-activations but for b_ih, or null: zero
+  const T* hh_tangent;  // [N, G*H], of their recurrent side, the part due to w_hh, or null: zero
+  // Multiplied step by step; null: zero, or their products are in x_tangent and hh_tangent.
+  const T* x;             // [N, I]
+  const T* x_change;      // [N, I]
+  const T* w_ih;          // [G*H, I]
+  const T* w_ih_tangent;  // [G*H, I]
+  const T* w_hh_tangent;  // [G*H, Hr]
+  const T* b_ih_tangent;  // [G*H] or null: zero
+  const T* b_hh_tangent;  // likewise
+  const T* hr_tangent;    // [N, P], of the projected state, the part due to w_hr, or null: zero
+  const T* h0_tangent;    // [B, Hr] or null: zero
+  const T* c0_tangent;    // [B, H] or null: zero
+  T* output_tangent;      // [N, Hr], row stride output_stride
   int64_t output_stride;
   T* hn_tangent;     // [B, Hr]
   T* c_tangent;      // [B, H], becomes that of c_n; null for cells without a cell state
@@ -91,12 +99,10 @@ struct DualBackwardDirection {
   TangentDirection<T> forward;
   const T* w_hh_tangent;  // [G*H, Hr] or null: zero
   const T* w_hr_tangent;  // [P, H] or null: zero
-  const T* grad_output;   // [N, Hr], row stride output_stride, or null: zero
-  const T* grad_hn;       // [B, Hr] or null: zero
+  const T* dh;            // [N, Hr], as in BackwardDirection
+  T* dh_tangent;          // likewise; null without a projection
   T* dgates;              // [N, kGateGrads*H]
   T* dgates_tangent;      // likewise
-  T* dproj;               // [N, P]; null without a projection
-  T* dproj_tangent;       // likewise
   T* carry;               // [B, H], as in BackwardDirection
   T* carry_tangent;       // [B, H], holds zero, becomes that of the gradient of c_0
   T* dh0_tangent;         // [B, Hr] or null: not wanted
@@ -118,7 +124,7 @@ using TangentArgs = LayerArgs<TangentDirection<T>>;
 template <class T>
 using DualBackwardArgs = LayerArgs<DualBackwardDirection<T>>;
 
-// c = a^T b: a sum over the rows of all steps, a gradient of weights.
+// c = a^T b, or c += a^T b: a sum over the rows of all steps, a gradient of weights.
 template <class T>
 struct SumOverRows {
   int64_t rows, M, N;
@@ -127,6 +133,7 @@ struct SumOverRows {
   const T* b;  // [rows, N], row stride b_stride
   int64_t b_stride;
   T* c;  // [M, N]
+  bool add;
   int threads;
 };
 

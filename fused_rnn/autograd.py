@@ -7,6 +7,8 @@ under a transform, takes :mod:`fused_rnn.transforms`, which calls kernels too. C
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -21,6 +23,22 @@ def _looked_into() -> bool:
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _read_once(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the backward pass that runs now is the only reader of what was saved, in one call of the operator with
+    these tensors: the graph is not kept, and no mode, subclass or batch of gradients may make several calls of it."""
+    return (
+        not torch._C._autograd._get_current_graph_task_keep_graph()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(
+            t is None or (type(t) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(t))
+            for t in tensors
+        )
     )
 
 
@@ -42,6 +60,12 @@ class Layer(Function):
         recompute = recompute and ops.CELLS[cell].saved > 0
         output, hn, cn, saved = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, not recompute)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
+        # Where the gates' gradients are as large as what is saved, they may take its place, unless a hook has seen it.
+        traits = ops.CELLS[cell]
+        ctx.reuses_saved = (
+            traits.saved == traits.gate_grads
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        )
         wanted = ctx.needs_input_grad
         kept = (
             input if recompute or wanted[3] or wanted[6] or wanted[11] else None
@@ -64,8 +88,12 @@ class Layer(Function):
             )
             return None, None, None, *found
         input, *others = arguments
-        found = ops.layer_backward(
-            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, ops.bits(wanted)
+        needs = ops.bits(wanted)
+        if ctx.reuses_saved and _read_once((*gradients, *arguments, output, saved)):
+            needs |= ops.SAVED_IS_SPENT
+            ctx.maybe_clear_saved_tensors()  # whatever happens from here on, no second pass may read it
+        *found, _ = ops.layer_backward(
+            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, needs
         )
         return None, None, None, *found
 

@@ -72,7 +72,7 @@ def gradients(
     )
     sizes = grown(batch_sizes, samples)
     if not of_weights:
-        found = ops.layer_backward(
+        *found, _ = ops.layer_backward(
             cell, *incoming, None, sizes, h0, c0, *tensors[weights], output, saved, ops.bits(wanted)
         )
         return tuple(None if g is None else from_rows(g, samples).movedim(-2, 0) for g in found)

@@ -7,6 +7,7 @@ and the gradient is silently lost, so everything but :mod:`fused_rnn.autograd` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,12 @@ CELLS = {
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
+#: The bit of `needs` above those of the arguments: `layer_backward` gives the gradient of every h_t too. On the CPU.
+STATE_GRADIENTS = 1 << 13
+#: And: nobody reads `saved` again, so `layer_backward` may write over it.
+SAVED_IS_SPENT = 1 << 14
+
+
 def bits(wanted: Sequence[bool]) -> int:
     """What the backward operators take as `needs`."""
     result = 0
@@ -94,6 +101,14 @@ def _saved_dtype(input: Tensor) -> torch.dtype:
     return torch.float32 if input.element_size() == 2 and input.device.type != "cuda" else input.dtype
 
 
+def _batch(output: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | None]):
+    if batch_sizes is None:
+        return output.size(1)
+    states = [state for state in states if state is not None]
+    # batch_sizes[0] is data; a state tells the same number, where there is one
+    return states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
+
+
 @torch.library.register_fake("fused_rnn::layer_forward")
 def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse,
       b_hh_reverse, w_hr_reverse, save):  # fmt: skip
@@ -101,10 +116,7 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
     directions = 1 if w_ih_reverse is None else 2
     hidden = w_hh.size(0) // traits.gates
     rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
-    if batch_sizes is None:
-        batch = input.size(1)
-    else:  # batch_sizes[0] is data; hx tells the same number, where there is one
-        batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.size(1)
+    batch = _batch(input, batch_sizes, (h0,))
     state = w_hh.size(1)
     saved = input.new_empty(
         (directions if save else 0, rows, traits.saved * hidden), dtype=_saved_dtype(input)
@@ -137,7 +149,12 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
         w_hr_reverse,
     ]
     sizes += [None if w is None else w.shape for w in weights]
-    return tuple(output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
+    found = [output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes)]
+    dh = None
+    if needs & STATE_GRADIENTS:
+        rows = math.prod(output.shape[:-1])  # its `numel` would fix the sizes of a graph
+        dh = output.new_empty((directions, rows, w_hh.size(1)), dtype=_saved_dtype(output))
+    return (*found, dh)
 
 
 @torch.library.register_fake("fused_rnn::layer_gate_gradients")
@@ -146,11 +163,7 @@ def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih
     directions, rows, _ = saved.shape
     traits = CELLS[cell]
     hidden = w_hh.size(0) // traits.gates
-    states = [state for state in (h0, c0, grad_hn, grad_cn) if state is not None]
-    if batch_sizes is None:
-        batch = output.size(1)
-    else:
-        batch = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
+    batch = _batch(output, batch_sizes, (h0, c0, grad_hn, grad_cn))
     sizes = [
         (directions, rows, traits.gate_grads * hidden),
         (directions, rows, w_hh.size(1)),
@@ -161,12 +174,18 @@ def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih
 
 
 @torch.library.register_fake("fused_rnn::layer_double_backward")
-def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, *tensors):
-    *tensors, _, _, needs = tensors
-    gradients, arguments = (grad_output, grad_hn, grad_cn), (input, *tensors[:12])
-    return tuple(
-        t.new_empty(t.shape) if needs >> k & 1 else None for k, t in enumerate((*gradients, *arguments))
-    )
+def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, *tensors):
+    *tensors, output, _, needs = tensors
+    arguments = (input, h0, c0, w_ih, w_hh, *tensors[:8])
+    directions, _, state = dh.shape
+    batch = _batch(output, batch_sizes, (h0, c0, grad_cn))
+    sizes = [
+        output.shape,
+        (directions, batch, state),
+        (directions, batch, w_hh.size(0) // CELLS[cell].gates),
+        *(None if t is None else t.shape for t in arguments),
+    ]
+    return tuple(output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
 
 
 @torch.library.register_fake("fused_rnn::cell_forward")
@@ -246,10 +265,10 @@ def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih
 
 
 @register_flop_formula(_ops.layer_double_backward, get_raw=True)
-def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, *tensors, out_val=None) -> int:
+def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, *tensors, out_val=None) -> int:
     *tensors, output, _, needs = tensors
     weights, (v_input, v_h0, v_c0, *changes) = tensors[:10], tensors[10:]
-    states = (h0, c0, grad_hn, grad_cn, v_h0, v_c0)
+    states = (h0, c0, grad_cn, v_h0, v_c0)
     rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, states)
     of_arguments = needs >> 3
 
@@ -264,7 +283,7 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, *tensors,
         hh = rows * (1 + v_hh) - (0 if v_h0 is not None else first_rows)
         if of_arguments:  # the backward pass with its changes, then the weights' products
             ih += rows * (d_input * (1 + v_ih) + d_ih * (1 + changed_input))
-            hh += (rows if d_h0 else rows - first_rows) * (2 + v_hh) + rows * 2 * d_hh
+            hh += (rows if d_h0 else rows - first_rows) * (1 + v_hh) + rows * 2 * d_hh
             hr += rows * (2 + v_hr + 2 * d_hr)
         return ih, hh, hr
 

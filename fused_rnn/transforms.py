@@ -119,7 +119,8 @@ class LayerBackward(Function):
     Arguments: cell, batch sizes, which gradients are wanted, how many samples are mapped over (None: this is one
     call), which tensors have a part for each sample, in front; then the tensors: gradients of output, hn and cn, the
     layer's thirteen arguments, its output, what it saved. The last two count as constants: the derivatives of this
-    Function are those of the whole pass, in the gradients and arguments.
+    Function are those of the whole pass, in the gradients and arguments. Results: the gradients of the thirteen, and
+    for the second derivative, where that has kernels, the gradient of every state, a constant as well.
     """
 
     @staticmethod
@@ -132,25 +133,30 @@ class LayerBackward(Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         if samples is not None:
-            return batching.gradients(cell, batch_sizes, wanted, samples, mapped, tensors)
+            return (*batching.gradients(cell, batch_sizes, wanted, samples, mapped, tensors), None)
         *gradients, input = tensors[:4]
-        return ops.layer_backward(cell, *gradients, input, batch_sizes, *tensors[4:], ops.bits(wanted))
+        needs = ops.bits(wanted) | (ops.STATE_GRADIENTS if tensors[-2].is_cpu else 0)
+        return ops.layer_backward(cell, *gradients, input, batch_sizes, *tensors[4:], needs)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         ctx.cell, batch_sizes, ctx.wanted, ctx.samples, ctx.mapped, *tensors = inputs
-        ctx.save_for_backward(batch_sizes, *tensors)
+        dh = output[-1]
+        ctx.save_for_backward(batch_sizes, *tensors, dh)
+        if dh is not None:
+            ctx.mark_non_differentiable(dh)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *tensors, output, saved = ctx.saved_tensors
+        batch_sizes, *tensors, output, saved, dh = ctx.saved_tensors
+        cotangents = cotangents[:-1]
         wanted = ctx.needs_input_grad[_TENSORS:-2]
         if all(v is None for v in cotangents):
             found = (None,) * len(tensors)
-        elif ctx.samples is None and output.is_cpu and forward_ad._current_level < 0:
+        elif dh is not None and forward_ad._current_level < 0:
             found = LayerDoubleBackward.apply(
-                ctx.cell, batch_sizes, wanted, *tensors, *cotangents, output, saved
+                ctx.cell, batch_sizes, wanted, *tensors, *cotangents, output, saved, dh
             )
         else:
             asked = [v is not None for v in cotangents]
@@ -204,20 +210,20 @@ class LayerDoubleBackward(Function):
     """The derivative of LayerBackward of one call in a direction v: by the gradients it takes, then by the arguments.
 
     Arguments: cell, batch sizes, which of the 16 results are wanted; then the tensors: those of LayerBackward, with the
-    thirteen v after the thirteen arguments. None is no change.
+    thirteen v after the thirteen arguments, and its gradient of every state. None is no change.
     """
 
     @staticmethod
     def forward(
         cell: str, batch_sizes: Tensor | None, wanted: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *gradients, input = tensors[:4]
-        return ops.layer_double_backward(cell, *gradients, input, batch_sizes, *tensors[4:], ops.bits(wanted))
+        _, _, grad_cn, input, *others, dh = tensors
+        return ops.layer_double_backward(cell, dh, grad_cn, input, batch_sizes, *others, ops.bits(wanted))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         ctx.cell, batch_sizes, ctx.wanted, *tensors = inputs
-        ctx.save_for_backward(batch_sizes, *tensors[:-2])
+        ctx.save_for_backward(batch_sizes, *tensors[:-_CONSTANTS])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -227,10 +233,10 @@ class LayerDoubleBackward(Function):
         found = reference.pull_back(
             reference.second_order(ctx.cell, batch_sizes, asked),
             tensors,
-            ctx.needs_input_grad[3:-2],
+            ctx.needs_input_grad[3:-_CONSTANTS],
             tuple(c for c in cotangents if c is not None),
         )
-        return (None, None, None, *found, None, None)
+        return (None, None, None, *found, *(None,) * _CONSTANTS)
 
     @staticmethod
     def vmap(
@@ -242,13 +248,14 @@ class LayerDoubleBackward(Function):
         *tensors: Tensor | None,
     ):
         batching.refuse_mapped_sizes(in_dims[1])
-        compute = torch.vmap(reference.second_order(cell, batch_sizes, wanted), in_dims[3:-2])
-        found = iter(compute(*tensors[:-2]))
+        compute = torch.vmap(reference.second_order(cell, batch_sizes, wanted), in_dims[3:-_CONSTANTS])
+        found = iter(compute(*tensors[:-_CONSTANTS]))
         results = tuple(next(found) if want else None for want in wanted)
         return results, tuple(0 if want else None for want in wanted)
 
 
 _TENSORS = 5  # arguments of LayerBackward before its tensors
+_CONSTANTS = 3  # the last arguments of LayerDoubleBackward: output, saved, dh
 
 
 def layer_gradients(
@@ -268,9 +275,10 @@ def layer_gradients(
         found = iter(compute(*gradients, *arguments))
         return [next(found) if want else None for want in wanted]
     mapped = (False,) * (len(gradients) + len(arguments) + 2)
-    return LayerBackward.apply(
+    *found, _ = LayerBackward.apply(
         cell, batch_sizes, tuple(wanted), None, mapped, *gradients, *arguments, output.detach(), saved
     )
+    return found
 
 
 def cell_gradients(

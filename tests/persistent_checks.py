@@ -120,7 +120,7 @@ def both_passes(
         output, hn, cn, saved = ops.layer_forward(cell, *inputs, True)
     there = [None if g is None else g.to(place.device) for g in gradients]
     with place.forced(backward):
-        found = ops.layer_backward(cell, *there, *inputs, output, saved, wanted_bits(arguments))
+        *found, _ = ops.layer_backward(cell, *there, *inputs, output, saved, wanted_bits(arguments))
     place.finish(f"{cell} {name_of(arguments[0].dtype)} by {forward}, {backward}")
     values = [output, hn, cn if cell == "lstm" else None, *found]
     return [None if v is None else v.cpu() for v in values]

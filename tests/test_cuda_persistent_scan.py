@@ -75,7 +75,7 @@ def both_passes(
     with forced(forward):
         output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
     with forced(backward or forward):
-        found = ops.layer_backward(cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
+        *found, _ = ops.layer_backward(cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
     return [output, hn, cn if cell == "lstm" else None, *found]
 
 

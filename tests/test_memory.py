@@ -186,6 +186,31 @@ def test_saved_tensors_may_be_moved_away(kind):
         assert torch.equal(found[name], value), name
 
 
+@layers
+def test_backward_writes_over_nothing_that_is_read_again(kind):
+    """It may put its results where the gates were saved: not if the graph is kept, nor if a hook has seen them."""
+    ours = make(kind)
+    x = make_input(ours).requires_grad_()
+    wanted = [x, *ours.parameters()]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    output, _ = ours(x)
+    kept = [torch.autograd.grad(output.sum(), wanted, retain_graph=True) for _ in range(2)]
+    last = torch.autograd.grad(output.sum(), wanted)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output.sum(), wanted)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output, _ = ours(x)
+    hooked = torch.autograd.grad(output.sum(), wanted)
+    for found in (kept[1], last, hooked):
+        assert all(map(torch.equal, found, kept[0]))
+    assert seen and all(torch.equal(now, before) for now, before in seen)
+
+
 @pytest.mark.parametrize("kind", CLASSES, ids=str)
 def test_no_memory_is_lost_from_call_to_call(kind):
     """Thirty training steps leave as many live tensors as three did."""

@@ -151,7 +151,7 @@ def test_layer_agrees_with_reference(
     needs = wanted_bits(arguments)
     found = ops.layer_backward(cell, *gradients, *arguments, output, saved, needs)
     for k, (ours, theirs) in enumerate(
-        zip(found, gradients_by_reference(cell, arguments, gradients), strict=True)
+        zip(found[:-1], gradients_by_reference(cell, arguments, gradients), strict=True)
     ):
         if not needs >> k & 1:
             assert ours is None
@@ -161,14 +161,14 @@ def test_layer_agrees_with_reference(
         )
 
 
-@pytest.mark.parametrize("only", range(13))
+@pytest.mark.parametrize("only", range(14))
 def test_backward_computes_what_is_wanted_and_no_more(only: int) -> None:
     arguments = make_layer("lstm", 3, 2, 4, 5, directions=2, proj=2, packed=True)
     output, hn, cn, saved = ops.layer_forward("lstm", *arguments, True)
     gradients = (torch.randn_like(output), torch.randn_like(hn), torch.randn_like(cn))
-    all_of_them = ops.layer_backward("lstm", *gradients, *arguments, output, saved, (1 << 13) - 1)
+    all_of_them = ops.layer_backward("lstm", *gradients, *arguments, output, saved, (1 << 14) - 1)
     found = ops.layer_backward("lstm", *gradients, *arguments, output, saved, 1 << only)
-    assert [g is not None for g in found] == [k == only for k in range(13)]
+    assert [g is not None for g in found] == [k == only for k in range(14)]
     assert torch.equal(found[only], all_of_them[only])
 
 

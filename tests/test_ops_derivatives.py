@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_rnn import ops, reference
 
 cases = pytest.mark.parametrize("cell, sizes", LAYER_CASES)
-_V = 17  # where the direction begins in the arguments of layer_double_backward after `cell`
+_V = 16  # where the direction begins in the arguments of layer_double_backward after `cell`
 CHECKS = ("test_schema", "test_faketensor")
 
 
@@ -32,7 +32,10 @@ def second_order(cell: str, sizes: dict):
     """Arguments of layer_double_backward after `cell` but for `needs`, and the gradients' and arguments' own."""
     gradients, batch_sizes, arguments, output, saved = first_order(cell, sizes)
     v = [alike(t) for t in arguments]
-    call = [*gradients, arguments[0], batch_sizes, *arguments[1:], *v, output, saved]
+    *_, dh = ops.layer_backward(
+        cell, *gradients, arguments[0], batch_sizes, *arguments[1:], output, saved, ops.STATE_GRADIENTS
+    )
+    call = [dh, gradients[2], arguments[0], batch_sizes, *arguments[1:], *v, output, saved]
     return call, batch_sizes, [*gradients, *arguments], v
 
 
@@ -95,6 +98,6 @@ def test_a_direction_of_a_wrong_size_is_refused(k: int, size: tuple[int, ...]) -
 
 def test_a_second_derivative_by_w_ih_needs_the_input() -> None:
     call, *_ = second_order("gru", {"T": 2, "B": 3, "I": 4, "H": 6})
-    call[3] = None
+    call[2] = None
     with pytest.raises(RuntimeError, match="by w_ih needs input"):
         ops.layer_double_backward("gru", *call, 0b1)

@@ -74,16 +74,14 @@ class BackwardDirectionScan {
       const int64_t b = b0 + r, row = scan_.offset(s) + b;
       if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
       if (d_.grad_hn && b >= continuing) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
-      if (shape_.P)
-        store(d_.dproj + row * shape_.P + u, dh, n);
-      else
-        finish_unit(s, b, row, u, n, dh);
+      if (d_.dh) store(d_.dh + row * Hr_ + u, dh, n);
+      if (!shape_.P) finish_unit(s, b, row, u, n, dh);
     });
   }
 
   void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const T* dproj[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) dproj[r] = d_.dproj + (scan_.offset(s) + b0 + r) * shape_.P;
+    for (int r = 0; r < rows; ++r) dproj[r] = d_.dh + (scan_.offset(s) + b0 + r) * shape_.P;
     alignas(64) T acc[kTileRows * kUnits];
     projection_.multiply(dproj, rows, panel, acc);
     each_vector(panel, H_, rows, acc, [&](int r, int64_t u, auto n, V dh) {

@@ -58,98 +58,111 @@ class DualBackwardDirectionScan {
  private:
   using Weights = ColumnWeights<T, kVectors>;
 
-  // The products of some rows with a panel, and how those change; kept[row][unit of the panel] each.
-  struct Products {
-    alignas(64) T value[kTileRows * kUnits], tangent[kTileRows * kUnits];
+  // The products of some rows with a panel change by those of the rows' changes and by those with the weights' changes:
+  // change[row][unit of the panel].
+  static void change_of_product(const T* const* rows, const T* const* rows_tangent, int count, int64_t panel,
+                                const Weights& weights, const Weights* weights_tangent, T* change) {
+    weights.multiply(rows_tangent, count, panel, change);
+    if (!weights_tangent) return;
+    alignas(64) T more[kTileRows * kUnits];
+    weights_tangent->multiply(rows, count, panel, more);
+    for (int i = 0; i < count * kVectors; ++i)
+      store(change + i * kSize, load(change + i * kSize) + load(more + i * kSize));
+  }
 
-    void zero() {
-      memset(value, 0, sizeof value);
-      memset(tangent, 0, sizeof tangent);
+  // f(row, unit, units, place in `change`)
+  template <class F>
+  FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, F&& f) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t u = panel * kUnits + v * kSize;
+      with_count<kSize>(units - u, [&](auto n) {
+        for (int r = 0; r < rows; ++r) f(r, u, n, (r * kVectors + v) * kSize);
+      });
     }
-    void multiply(const T* const* rows, const T* const* rows_tangent, int count, int64_t panel,
-                  const Weights& weights, const Weights* weights_tangent) {
-      weights.multiply(rows, count, panel, value);
-      weights.multiply(rows_tangent, count, panel, tangent);
-      if (!weights_tangent) return;
-      alignas(64) T more[kTileRows * kUnits];
-      weights_tangent->multiply(rows, count, panel, more);
-      for (int i = 0; i < count * kVectors; ++i)
-        store(tangent + i * kSize, load(tangent + i * kSize) + load(more + i * kSize));
-    }
-    template <class F>
-    FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, F&& f) const {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t u = panel * kUnits + v * kSize;
-        const int n = static_cast<int>(smallest(units - u, kSize));
-        if (n <= 0) return;
-        for (int r = 0; r < rows; ++r) {
-          const int64_t at = (r * kVectors + v) * kSize;
-          f(r, u, n, D(load(value + at), load(tangent + at)));
-        }
+  }
+
+  // Asks for what finish_unit reads and writes of a tile, as BackwardDirectionScan does.
+  FRNN_HD void fetch_units(int64_t s, int64_t b0, int64_t u, int rows) const {
+    for (int64_t b = b0; b < b0 + rows; ++b) {
+      const int64_t row = scan_.offset(s) + b;
+      for (int k = 0; k < Cell::kSaved; ++k) {
+        fetch<kVectors>(f_.saved + (row * Cell::kSaved + k) * H_ + u);
+        fetch<kVectors>(static_cast<const T*>(f_.saved_tangent) + (row * Cell::kSaved + k) * H_ + u);
+      }
+      fetch<kVectors>(d_.dh + row * Hr_ + u);
+      for (int g = 0; g < Cell::kGateGrads; ++g) {
+        fetch<kVectors>(d_.dgates + row * grads_ + g * H_ + u);
+        fetch<kVectors>(d_.dgates_tangent + row * grads_ + g * H_ + u);
+      }
+      if constexpr (Cell::kGradReadsOutput) {
+        fetch<kVectors>(f_.output + row * f_.output_stride + u);
+        fetch<kVectors>(static_cast<const T*>(f_.output_tangent) + row * f_.output_stride + u);
       }
     }
-  };
+  }
 
-  void recurrent_products(const int64_t* rows, int count, int64_t panel, Products& products) const {
+  void recurrent_change(const int64_t* rows, int count, int64_t panel, T* change) const {
     const T *values[kMaxTileRows], *tangents[kMaxTileRows];
     for (int r = 0; r < count; ++r) {
       values[r] = rows[r] < 0 ? zeros_.get() : d_.dgates + rows[r] * grads_;
       tangents[r] = rows[r] < 0 ? zeros_.get() : d_.dgates_tangent + rows[r] * grads_;
     }
-    products.multiply(values, tangents, count, panel, recurrent_,
-                      d_.w_hh_tangent ? &recurrent_tangent_ : nullptr);
+    change_of_product(values, tangents, count, panel, recurrent_,
+                      d_.w_hh_tangent ? &recurrent_tangent_ : nullptr, change);
   }
 
-  // The gradient of h_t, from the output, from step t + 1 and from h_n.
+  // The gradient of h_t: what arrives from the outputs is the same for every direction, so only step t + 1 changes it.
   void state_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const int64_t continuing = scan_.continuing(s);
     int64_t later[kMaxTileRows];
     for (int r = 0; r < rows; ++r) later[r] = b0 + r < continuing ? scan_.offset(s + 1) + b0 + r : -1;
-    Products products;
+    alignas(64) T change[kTileRows * kUnits];
+    if (!shape_.P) fetch_units(s, b0, panel * kUnits, rows);
     if (b0 < continuing)
-      recurrent_products(later, rows, panel, products);
+      recurrent_change(later, rows, panel, change);
     else
-      products.zero();
-    products.each_vector(panel, Hr_, rows, [&](int r, int64_t u, int n, D dh) {
-      const int64_t b = b0 + r, row = scan_.offset(s) + b;
-      if (d_.grad_output) dh.value = dh.value + load(d_.grad_output + row * f_.output_stride + u, n);
-      if (d_.grad_hn && b >= continuing) dh.value = dh.value + load(d_.grad_hn + b * Hr_ + u, n);
-      if (shape_.P) {
-        store(d_.dproj + row * shape_.P + u, dh.value, n);
-        store(d_.dproj_tangent + row * shape_.P + u, dh.tangent, n);
-      } else {
-        finish_unit(s, b, row, u, n, dh);
-      }
+      memset(change, 0, sizeof change);
+    each_vector(panel, Hr_, rows, [&](int r, int64_t u, auto n, int64_t at) {
+      const int64_t row = scan_.offset(s) + b0 + r;
+      const V tangent = load(change + at);
+      if (shape_.P)
+        store(d_.dh_tangent + row * shape_.P + u, tangent, n);
+      else
+        finish_unit(s, b0 + r, row, u, n, {load(d_.dh + row * Hr_ + u, n), tangent});
     });
   }
 
   void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
+    const int64_t row0 = scan_.offset(s) + b0;
     const T *values[kMaxTileRows], *tangents[kMaxTileRows];
     for (int r = 0; r < rows; ++r) {
-      values[r] = d_.dproj + (scan_.offset(s) + b0 + r) * shape_.P;
-      tangents[r] = d_.dproj_tangent + (scan_.offset(s) + b0 + r) * shape_.P;
+      values[r] = d_.dh + (row0 + r) * shape_.P;
+      tangents[r] = d_.dh_tangent + (row0 + r) * shape_.P;
     }
-    Products products;
-    products.multiply(values, tangents, rows, panel, projection_,
-                      d_.w_hr_tangent ? &projection_tangent_ : nullptr);
-    products.each_vector(panel, H_, rows, [&](int r, int64_t u, int n, D dh) {
-      finish_unit(s, b0 + r, scan_.offset(s) + b0 + r, u, n, dh);
+    alignas(64) T value[kTileRows * kUnits], change[kTileRows * kUnits];
+    projection_.multiply(values, rows, panel, value);
+    change_of_product(values, tangents, rows, panel, projection_,
+                      d_.w_hr_tangent ? &projection_tangent_ : nullptr, change);
+    each_vector(panel, H_, rows, [&](int r, int64_t u, auto n, int64_t at) {
+      finish_unit(s, b0 + r, row0 + r, u, n, {load(value + at), load(change + at)});
     });
   }
 
   void initial_state_tile(int64_t panel, int64_t b0, int rows) {
     int64_t first[kMaxTileRows];
     for (int r = 0; r < rows; ++r) first[r] = scan_.first_row(b0 + r);
-    Products products;
-    recurrent_products(first, rows, panel, products);
-    products.each_vector(panel, Hr_, rows, [&](int r, int64_t u, int n, D dh) {
+    alignas(64) T change[kTileRows * kUnits];
+    recurrent_change(first, rows, panel, change);
+    each_vector(panel, Hr_, rows, [&](int r, int64_t u, auto n, int64_t at) {
+      V tangent = load(change + at);
       if constexpr (Cell::kHasCarry && !Cell::kHasCellState)
-        dh.tangent = dh.tangent + load(d_.carry_tangent + (b0 + r) * H_ + u, n);
-      store(d_.dh0_tangent + (b0 + r) * Hr_ + u, dh.tangent, n);
+        tangent = tangent + load(d_.carry_tangent + (b0 + r) * H_ + u, n);
+      store(d_.dh0_tangent + (b0 + r) * Hr_ + u, tangent, n);
     });
   }
 
-  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, int n, D dh) {
+  template <class Count>
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, Count n, D dh) {
     D saved[Cell::kSaved + 1], output(0), h_prev(0), c_prev(0), carry(0), grads[Cell::kGateGrads];
     for (int k = 0; k < Cell::kSaved; ++k) {
       const int64_t at = (row * Cell::kSaved + k) * H_ + u;

@@ -97,8 +97,9 @@ void sum_over_rows_of(const SumOverRows<T>& p, const Result<T>& result, int64_t 
         const Tiles tiles(units, kTileRows, 0, 1);
         for (int64_t n = n0; n < n1; n += kPanel)
           tiles.each(units, [&](int64_t first, int rows) {
-            if (k0 > 0) result.fetch(m + first, rows, n);
-            finish_tile<T>(result, m + first, rows, n, p.N, k0 > 0, [&](T* acc) {
+            const bool add = p.add || k0 > 0;
+            if (add) result.fetch(m + first, rows, n);
+            finish_tile<T>(result, m + first, rows, n, p.N, add, [&](T* acc) {
               packed_product_of_columns<kBlockUnits, kProductVectors, kRowSum>(
                   a_block.get() + first, rows, K, b_block.get() + (n - n0) * K, kPanel, acc);
             });

@@ -1,7 +1,6 @@
 // The backward operators: scan from the last step to the first, then the weights' gradients as matrix products over
 // all steps.
 #include <ATen/ops/mul.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
@@ -16,6 +15,12 @@ std::vector<Tensor> by_direction(const Problem& p, int64_t columns) {
   if (columns == 0) return std::vector<Tensor>(p.D());
   if (p.D() == 1) return {p.allocate({p.shape.N, columns})};
   return p.allocate({p.D(), p.shape.N, columns}).unbind(0);
+}
+
+// The allocation that by_direction made: [D, N, columns].
+Tensor all_directions(const Problem& p, const std::vector<Tensor>& parts) {
+  const int64_t N = p.shape.N, columns = parts[0].size(1);
+  return parts[0].as_strided({p.D(), N, columns}, {N * columns, columns, 1});
 }
 
 void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
@@ -35,12 +40,11 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
   }
   if (wanted.weight(d, kWhh)) {
     result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
-    p.backend.product_over_rows(result[kWhh], recurrent, t.previous[d], s.B);
+    p.backend.product_over_rows(result[kWhh], rows_after(t.previous[d], recurrent, d), t.previous[d], s.B);
   }
-  const auto sum_over_rows = [&] { return s.N == 1 ? recurrent.select(0, 0).clone() : recurrent.sum(0); };
-  if (wanted.weight(d, kBhh)) result[kBhh] = sum_over_rows();
+  if (wanted.weight(d, kBhh)) result[kBhh] = s.N == 1 ? recurrent.select(0, 0) : recurrent.sum(0);
   if (wanted.weight(d, kBih)) {
-    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : sum_over_rows();
+    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : recurrent.sum(0);
     for (const InputSide& side : sides)
       if (side.column != side.row) {
         Tensor rows = part(result[kBih], 0, side.row, side.count);
@@ -51,7 +55,7 @@ void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d,
     const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
     const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
     result[kWhr] = p.allocate({s.P, s.H});
-    p.backend.product_over_rows(result[kWhr], t.dproj[d], hidden.to(t.dproj[d].scalar_type()), s.B);
+    p.backend.product_over_rows(result[kWhr], t.dh[d], hidden.to(t.dh[d].scalar_type()), s.B);
   }
 }
 
@@ -69,7 +73,7 @@ Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
 constexpr int64_t kRoundedRows = 5;
 void round_operands(const Problem& p, BackwardTensors& t) {
   if (p.compute == p.dtype || p.shape.N < kRoundedRows || !p.backend.multiplies(p.dtype)) return;
-  for (auto* tensors : {&t.dgates, &t.dproj, &t.previous})
+  for (auto* tensors : {&t.dgates, &t.dh, &t.previous})
     for (Tensor& tensor : *tensors) p.to_dtype(tensor);
   p.to_dtype(t.x);
 }
@@ -88,12 +92,12 @@ BackwardTensors tensors_of(const Problem& p, const OptTensor& grad_output, const
   return t;
 }
 
-void scan(const Problem& p, BackwardTensors& t, const OptTensor& grad_cn) {
+void scan(const Problem& p, BackwardTensors& t, const OptTensor& grad_cn, bool wants_dh) {
   const Shape& s = p.shape;
   const Tensor grad_cell = p.state(grad_cn, s.H, "grad_cn");
   if (p.empty()) return;
-  t.dgates = by_direction(p, p.cell.gate_grads * s.H);
-  t.dproj = by_direction(p, s.P);
+  if (t.dgates.empty()) t.dgates = by_direction(p, p.cell.gate_grads * s.H);
+  t.dh = by_direction(p, s.P > 0 || wants_dh ? s.Hr() : 0);
   if (p.cell.carry) {
     t.carry = p.allocate_state(s.H, p.accumulate);
     if (p.cell.cell_state && grad_cell.defined())
@@ -104,9 +108,14 @@ void scan(const Problem& p, BackwardTensors& t, const OptTensor& grad_cn) {
   p.backend.backward(p, t);
 }
 
-Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
-                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
-                   const Tensor& output, const Tensor& saved, int64_t needs) {
+struct Backward {
+  Gradients gradients;
+  Tensor dh;  // [D, N, Hr], of every h_t; undefined where not wanted
+};
+
+Backward backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
+                  const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
+                  const Tensor& output, const Tensor& saved, int64_t needs) {
   const Shape& s = p.shape;
   const Wanted wanted{needs};
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
@@ -116,12 +125,19 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
     t.wants_previous |= wanted.weight(d, kWhh);
     TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
   }
-  scan(p, t, grad_cn);
+  // The gradients of the gates take the place of the gates: half of what this pass would hold otherwise.
+  if (wanted(kSavedIsSpent) && p.device.is_cpu() && p.cell.saved == p.cell.gate_grads)
+    t.dgates = t.saved.unbind(0);
+  const bool wants_dh = wanted(kStateGradients);
+  scan(p, t, grad_cn, wants_dh);
 
-  Gradients result;
+  Backward found;
+  Gradients& result = found.gradients;
   if (p.empty()) {
     result = gradients_of_nothing(p, wanted);
+    if (wants_dh) found.dh = p.allocate({s.D, s.N, s.Hr()}).zero_();
   } else {
+    if (wants_dh) found.dh = all_directions(p, t.dh);
     round_operands(p, t);
     result[kH0] = t.dh0;
     if (wanted(kC0)) result[kC0] = t.carry;
@@ -130,7 +146,7 @@ Gradients backward(const Problem& p, const OptTensor& grad_output, const OptTens
     if (wanted(kInput)) result[kInput] = input_gradient(p, t);
   }
   for (Tensor& gradient : result) p.to_dtype(gradient);
-  return result;
+  return found;
 }
 
 template <size_t... k>
@@ -160,7 +176,7 @@ Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted) {
   return result;
 }
 
-Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
+Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
                          const OptTensor& grad_cn, const OptTensor& input, const OptTensor& batch_sizes,
                          const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                          const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
@@ -175,9 +191,9 @@ Tensors13 layer_backward(std::string_view cell, const OptTensor& grad_output, co
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
                   Stage::backward);
-  Gradients g = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
+  auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
-  return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors13>>());
+  return std::tuple_cat(as_tuple(g, std::make_index_sequence<kGradients>()), std::make_tuple(dh));
 }
 
 Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
@@ -197,11 +213,13 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
   const Shape& s = p.shape;
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
   t.wants_dh0 = t.wants_previous = true;
-  scan(p, t, grad_cn);
+  scan(p, t, grad_cn, false);
   if (p.empty())
     return {p.allocate({s.D, s.N, p.cell.gate_grads * s.H}), p.allocate({s.D, s.N, s.Hr()}),
             p.allocate_state(s.Hr()).zero_(), p.allocate_state(s.H).zero_()};
-  return {at::stack(t.dgates), at::stack(t.previous), t.dh0, p.cell.cell_state ? t.carry : p.allocate({0})};
+  Tensor previous = at::zeros({s.D, s.N, s.Hr()}, t.previous[0].options());
+  for (int64_t d = 0; d < s.D; ++d) rows_after(t.previous[d], previous.select(0, d), d).copy_(t.previous[d]);
+  return {all_directions(p, t.dgates), previous, t.dh0, p.cell.cell_state ? t.carry : p.allocate({0})};
 }
 
 Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const OptTensor& grad_c,
@@ -211,7 +229,7 @@ Tensors7 cell_backward(std::string_view cell, const OptTensor& grad_h, const Opt
   const PlainDispatch guard;
   const Problem p(cell_traits(cell), one_step(h), {direction_weights(w_ih, w_hh, b_ih, b_hh, {})}, h, true,
                   Stage::backward);
-  const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs);
+  const Gradients g = backward(p, grad_h, {}, grad_c, input, h0, c0, h, saved, needs).gradients;
   return as_tuple(g, std::make_index_sequence<std::tuple_size_v<Tensors7>>());
 }
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "../cpu/kernels.h"
-#include "scan.h"
+#include "gradients.h"
 
 namespace frnn {
 namespace {
@@ -143,7 +143,7 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.grad_output_stride = s.D * s.Hr();
     to.grad_hn = at_direction(t.grad_hn, d);
     to.dgates = output_of<T>(t.dgates[d]);
-    to.dproj = output_of<T>(t.dproj[d]);
+    to.dh = output_of<T>(t.dh[d]);
     to.carry = at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
   }
@@ -169,10 +169,10 @@ void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& 
 // Torch's own gradients of weights are sums of one product a step; the micro-kernel's sums are as short, and a matrix
 // product of ATen's here would be one running sum over thousands of rows.
 template <class T>
-void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
+void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
   instruction_set().kernels->sum_over_rows(SumOverRows<T>{a.size(0), a.size(1), b.size(1), input_of<T>(a),
                                                           a.stride(0), input_of<T>(b), b.stride(0),
-                                                          output_of<T>(result), at::get_num_threads()});
+                                                          output_of<T>(result), add, at::get_num_threads()});
 }
 
 void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t) {
@@ -180,11 +180,11 @@ void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, i
     result.copy_(at::mm(a.t(), b));
     return;
   }
-  const bool single = result.scalar_type() == at::kFloat;
-  if (a.size(0) <= kFewRows)
-    single ? product_over_few_rows<float>(result, a, b) : product_over_few_rows<double>(result, a, b);
+  if (a.size(0) > kFewRows || a.size(0) == 0) return frnn::sum_over_rows(result, a, b, false);
+  if (result.scalar_type() == at::kFloat)
+    product_over_few_rows<float>(result, a, b);
   else
-    single ? sum_over_rows<float>(result, a, b) : sum_over_rows<double>(result, a, b);
+    product_over_few_rows<double>(result, a, b);
 }
 
 template <class T>
@@ -202,15 +202,35 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
     return;
   }
   if (!add) sum = at::detail::empty_cpu({a.size(0), b.size(1)}, a.scalar_type(), false, std::nullopt);
-  a.scalar_type() == at::kFloat ? multiply<float>(sum, a, b, add) : multiply<double>(sum, a, b, add);
+  frnn::multiply(sum, a, b, add);
 }
 
 }  // namespace
+
+bool fuses_input(const Problem& p) {
+  const int threads = at::get_num_threads();
+  return (p.compute == at::kFloat ? plan_of<float>(p, threads) : plan_of<double>(p, threads)).fuse_input;
+}
+
+void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
+  if (a.size(0) == 0) {
+    if (!add) result.zero_();
+    return;
+  }
+  result.scalar_type() == at::kFloat ? sum_over_rows<float>(result, a, b, add)
+                                     : sum_over_rows<double>(result, a, b, add);
+}
+
+void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
+  a.scalar_type() == at::kFloat ? multiply<float>(result, a, b, add) : multiply<double>(result, a, b, add);
+}
 
 Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d) {
   const Shape& s = p.shape;
   const int64_t Hr = s.Hr();
   if (s.T == 1 && h0.defined()) return h0.view({s.D, s.B, Hr}).select(0, d);
+  if (s.N == s.T * s.B && !h0.defined())
+    return part(part(output, 1, d * Hr, Hr), 0, d == 0 ? 0 : s.B, s.N - s.B);
   Tensor result = p.allocate({s.N, Hr});
   const auto copy = [&](auto type) {
     using T = decltype(type);

@@ -4,8 +4,6 @@
 // how J^T g changes along v. That is the backward pass once more, with tangents (csrc/cells/dual.h).
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 
@@ -22,12 +20,14 @@ struct Arguments {
 };
 
 struct Tensors {
-  Tensor output, saved, grad_output, grad_hn, grad_cn;  // as in BackwardTensors
+  Tensor output, saved;  // as in BackwardTensors
+  Tensor dh;             // [D, N, Hr], of every h_t
   Tensor output_tangent, hn_tangent, c_tangent, saved_tangent;
   // By direction: h_{t-1} and, with a projection, h before it, of every row.
   std::vector<Tensor> previous, hidden;
-  // By direction, the changes of gradients and below them the gradients: [2N, kGateGrads*H], [2N, P].
-  std::vector<Tensor> dgates, dproj;
+  // By direction, [N, kGateGrads*H], and how they change.
+  std::vector<Tensor> dgates, dgates_tangent;
+  Tensor dh_tangent;  // [D, N, P]; undefined without a projection
   Tensor carry, carry_tangent, dh0_tangent;
 };
 
@@ -36,30 +36,25 @@ struct Sources {
   Tensor x, hh, hr;
 };
 
-void add_row(Tensor& sum, const Tensor& row, int64_t rows) {
-  if (!row.defined()) return;
-  if (sum.defined())
-    sum.add_(row);
-  else
-    sum = row.expand({rows, row.size(0)}).contiguous();
-}
-
-// sum += rows weights^T, or its first term if undefined.
-void add_product(Tensor& sum, const Tensor& rows, const Tensor& weights) {
-  sum = sum.defined() ? sum.addmm_(rows, weights.t()) : at::mm(rows, weights.t());
+// `sum` [N, units] gains rows weights^T, or begins as it if undefined. Fewer than N rows: see rows_after.
+void add_product(const Problem& p, Tensor& sum, const Tensor& rows, const Tensor& weights, int64_t d) {
+  const bool add = sum.defined();
+  if (!add) sum = p.allocate({p.shape.N, weights.size(0)});
+  multiply(rows_after(rows, sum, d), rows, weights.t().contiguous(), add);
+  const int64_t others = p.shape.N - rows.size(0);
+  if (!add && others > 0) sum.narrow(0, d == 0 ? 0 : rows.size(0), others).zero_();
 }
 
 Sources sources_of(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v, int64_t d) {
   const DirectionWeights &w = a.weights[d], &wv = v.weights[d];
   Sources s;
-  if (v.x.defined()) add_product(s.x, v.x, w.w_ih);
-  if (wv.w_ih.defined()) add_product(s.x, a.x, wv.w_ih);
-  add_row(s.x, wv.b_ih, p.shape.N);
+  const bool now = !fuses_input(p);  // otherwise step by step
+  if (now && v.x.defined()) add_product(p, s.x, v.x, w.w_ih, d);
+  if (now && wv.w_ih.defined()) add_product(p, s.x, a.x, wv.w_ih, d);
   // Where the two sides of a gate are simply added, so are their changes.
-  Tensor& recurrent = p.cell.gate_grads == p.cell.gates ? s.x : s.hh;
-  if (wv.w_hh.defined()) add_product(recurrent, t.previous[d], wv.w_hh);
-  add_row(recurrent, wv.b_hh, p.shape.N);
-  if (wv.w_hr.defined()) add_product(s.hr, t.hidden[d], wv.w_hr);
+  if (now && wv.w_hh.defined())
+    add_product(p, p.cell.gate_grads == p.cell.gates ? s.x : s.hh, t.previous[d], wv.w_hh, d);
+  if (wv.w_hr.defined()) add_product(p, s.hr, t.hidden[d], wv.w_hr, d);
   return s;
 }
 
@@ -86,6 +81,15 @@ TangentDirection<T> tangent_direction(const Problem& p, Tensors& t, const Argume
   to.saved = at_direction<T>(p, t.saved, d);
   to.x_tangent = input_of<T>(sources.x);
   to.hh_tangent = input_of<T>(sources.hh);
+  if (fuses_input(p)) {
+    to.x = input_of<T>(a.x);
+    to.x_change = input_of<T>(v.x);
+    if (v.x.defined()) to.w_ih = input_of<T>(a.weights[d].w_ih);
+    to.w_ih_tangent = input_of<T>(v.weights[d].w_ih);
+    to.w_hh_tangent = input_of<T>(v.weights[d].w_hh);
+  }
+  to.b_ih_tangent = input_of<T>(v.weights[d].b_ih);
+  to.b_hh_tangent = input_of<T>(v.weights[d].b_hh);
   to.hr_tangent = input_of<T>(sources.hr);
   to.h0_tangent = at_direction<T>(p, v.h0, d);
   to.c0_tangent = at_direction<T>(p, v.c0, d);
@@ -121,14 +125,12 @@ void scan(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, 
     to.forward = forward.direction[d];
     to.w_hh_tangent = input_of<T>(v.weights[d].w_hh);
     to.w_hr_tangent = input_of<T>(v.weights[d].w_hr);
-    if (t.grad_output.defined()) to.grad_output = input_of<T>(t.grad_output) + d * s.Hr();
-    to.grad_hn = at_direction<T>(p, t.grad_hn, d);
-    to.dgates_tangent = output_of<T>(t.dgates[d]);
-    to.dgates = to.dgates_tangent + t.dgates[d].numel() / 2;
-    if (s.P) {
-      to.dproj_tangent = output_of<T>(t.dproj[d]);
-      to.dproj = to.dproj_tangent + t.dproj[d].numel() / 2;
-    }
+    to.dh = at_direction<T>(p, t.dh, d);
+    to.dh_tangent = at_direction_of<T>(p, t.dh_tangent, d);
+    for (auto* gradients : {&t.dgates, &t.dgates_tangent})
+      gradients->push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
+    to.dgates = output_of<T>(t.dgates[d]);
+    to.dgates_tangent = output_of<T>(t.dgates_tangent[d]);
     to.carry = at_direction_of<T>(p, t.carry, d);
     to.carry_tangent = at_direction_of<T>(p, t.carry_tangent, d);
     to.dh0_tangent = at_direction_of<T>(p, t.dh0_tangent, d);
@@ -136,38 +138,41 @@ void scan(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, 
   kernels.dual_backward(p.cell.kind, args);
 }
 
-// How a weight's gradient a^T b changes: change(a)^T b + a^T change(b). `a` holds its change above itself.
-Tensor product_change(const Problem& p, const Tensor& a, const Tensor& b, const Tensor& b_change) {
-  const Tensor result = p.allocate({a.size(1), b.size(1)});
-  const bool both = b_change.defined();
-  p.backend.product_over_rows(result, part(a, 0, 0, both ? 2 * p.shape.N : p.shape.N),
-                              both ? at::cat({b, b_change}) : b, p.shape.B);
-  return result;
+// How a weight's gradient a^T b changes: `result` becomes a_change^T b + a^T b_change.
+void product_change(const Tensor& result, const Tensor& a, const Tensor& a_change, const Tensor& b,
+                    const Tensor& b_change) {
+  sum_over_rows(result, a_change, b, false);
+  if (b_change.defined()) sum_over_rows(result, a, b_change, true);
 }
 
 void add_weight_changes(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v, int64_t d,
                         const Wanted& wanted, Tensor* changes) {
   const Shape& s = p.shape;
-  const Tensor& dgates = t.dgates[d];
-  const Tensor change = dgates.narrow(0, 0, s.N);
+  const Tensor &dgates = t.dgates[d], &dgates_change = t.dgates_tangent[d];
   const int64_t GH = p.cell.gates * s.H;
+  const auto sides = input_side(p.cell, s.H);
   Tensor* result = changes + kFirstWeight + d * kWeightCount;
-  const auto input_sides = [&](auto&& f) {
-    std::vector<Tensor> parts;
-    for (const InputSide& side : input_side(p.cell, s.H)) parts.push_back(f(side));
-    return parts.size() == 1 ? parts[0] : at::cat(parts);
-  };
-  if (wanted.weight(d, kWih))
-    result[kWih] = input_sides([&](const InputSide& side) {
-      return product_change(p, part(dgates, 1, side.column, side.count), a.x, v.x);
-    });
-  if (wanted.weight(d, kWhh))
-    result[kWhh] = product_change(p, part(dgates, 1, 0, GH), t.previous[d],
-                                  previous_hidden(p, t.output_tangent, v.h0, d));
-  if (wanted.weight(d, kBih))
-    result[kBih] =
-        input_sides([&](const InputSide& side) { return part(change, 1, side.column, side.count).sum(0); });
-  if (wanted.weight(d, kBhh)) result[kBhh] = part(change, 1, 0, GH).sum(0);
+  if (wanted.weight(d, kWih)) {
+    result[kWih] = p.allocate({GH, s.I});
+    for (const InputSide& side : sides)
+      product_change(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
+                     part(dgates_change, 1, side.column, side.count), a.x, v.x);
+  }
+  if (wanted.weight(d, kWhh)) {
+    result[kWhh] = p.allocate({GH, s.Hr()});
+    const Tensor &previous = t.previous[d], change = previous_hidden(p, t.output_tangent, v.h0, d);
+    sum_over_rows(result[kWhh], rows_after(previous, part(dgates_change, 1, 0, GH), d), previous, false);
+    sum_over_rows(result[kWhh], rows_after(change, part(dgates, 1, 0, GH), d), change, true);
+  }
+  if (wanted.weight(d, kBhh)) result[kBhh] = part(dgates_change, 1, 0, GH).sum(0);
+  if (wanted.weight(d, kBih)) {
+    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : part(dgates_change, 1, 0, GH).sum(0);
+    for (const InputSide& side : sides)
+      if (side.column != side.row) {
+        Tensor rows = part(result[kBih], 0, side.row, side.count);
+        at::sum_out(rows, part(dgates_change, 1, side.column, side.count), 0);
+      }
+  }
   if (s.P > 0 && wanted.weight(d, kWhr)) {
     const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
     const Tensor saved_tangent = t.saved_tangent.select(0, d).view({s.N, p.cell.saved, s.H});
@@ -175,20 +180,22 @@ void add_weight_changes(const Problem& p, const Tensors& t, const Arguments& a, 
     const Tensor o = saved.select(1, Lstm::kSavedOutput);
     const Tensor hidden_tangent = saved_tangent.select(1, Lstm::kSavedOutput) * tanh_c +
                                   o * (1 - tanh_c * tanh_c) * saved_tangent.select(1, Lstm::kSavedCell);
-    result[kWhr] = product_change(p, t.dproj[d], t.hidden[d], hidden_tangent);
+    result[kWhr] = p.allocate({s.P, s.H});
+    product_change(result[kWhr], t.dh.select(0, d), t.dh_tangent.select(0, d), t.hidden[d], hidden_tangent);
   }
 }
 
 Tensor input_change(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v) {
   Tensor result;
+  const auto add = [&](const InputSide& side, const Tensor& dgates, const Tensor& w_ih) {
+    if (w_ih.defined())
+      p.backend.add_product(result, part(dgates, 1, side.column, side.count),
+                            part(w_ih, 0, side.row, side.count));
+  };
   for (int64_t d = 0; d < p.D(); ++d)
     for (const InputSide& side : input_side(p.cell, p.shape.H)) {
-      const Tensor both = part(t.dgates[d], 1, side.column, side.count);
-      p.backend.add_product(result, both.narrow(0, 0, p.shape.N),
-                            part(a.weights[d].w_ih, 0, side.row, side.count));
-      if (v.weights[d].w_ih.defined())
-        p.backend.add_product(result, both.narrow(0, p.shape.N, p.shape.N),
-                              part(v.weights[d].w_ih, 0, side.row, side.count));
+      add(side, t.dgates_tangent[d], a.weights[d].w_ih);
+      add(side, t.dgates[d], v.weights[d].w_ih);
     }
   return result;
 }
@@ -197,17 +204,19 @@ Tensor zeros_like_state(const Problem& p, int64_t size) { return p.allocate_stat
 
 }  // namespace
 
-Tensors16 layer_double_backward(
-    std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn, const OptTensor& grad_cn,
-    const OptTensor& input, const OptTensor& batch_sizes, const OptTensor& h0, const OptTensor& c0,
-    const Tensor& w_ih, const Tensor& w_hh, const OptTensor& b_ih, const OptTensor& b_hh,
-    const OptTensor& w_hr, const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
-    const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse, const OptTensor& w_hr_reverse,
-    const OptTensor& v_input, const OptTensor& v_h0, const OptTensor& v_c0, const OptTensor& v_w_ih,
-    const OptTensor& v_w_hh, const OptTensor& v_b_ih, const OptTensor& v_b_hh, const OptTensor& v_w_hr,
-    const OptTensor& v_w_ih_reverse, const OptTensor& v_w_hh_reverse, const OptTensor& v_b_ih_reverse,
-    const OptTensor& v_b_hh_reverse, const OptTensor& v_w_hr_reverse, const Tensor& output,
-    const Tensor& saved, int64_t needs) {
+Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
+                                const OptTensor& input, const OptTensor& batch_sizes, const OptTensor& h0,
+                                const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                                const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
+                                const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
+                                const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
+                                const OptTensor& w_hr_reverse, const OptTensor& v_input,
+                                const OptTensor& v_h0, const OptTensor& v_c0, const OptTensor& v_w_ih,
+                                const OptTensor& v_w_hh, const OptTensor& v_b_ih, const OptTensor& v_b_hh,
+                                const OptTensor& v_w_hr, const OptTensor& v_w_ih_reverse,
+                                const OptTensor& v_w_hh_reverse, const OptTensor& v_b_ih_reverse,
+                                const OptTensor& v_b_hh_reverse, const OptTensor& v_w_hr_reverse,
+                                const Tensor& output, const Tensor& saved, int64_t needs) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
@@ -234,9 +243,8 @@ Tensors16 layer_double_backward(
   Tensors t;
   t.output = p.operand(as_rows(p, output), {s.N, s.D * s.Hr()}, "output");
   t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
-  t.grad_output = p.operand(as_rows(p, grad_output), {s.N, s.D * s.Hr()}, "grad_output");
-  t.grad_hn = p.state(grad_hn, s.Hr(), "grad_hn");
-  t.grad_cn = p.state(grad_cn, s.H, "grad_cn");
+  t.dh = p.operand(dh, {s.D, s.N, s.Hr()}, "dh");
+  const Tensor grad_cell = p.state(grad_cn, s.H, "grad_cn");
   const Wanted wanted{needs >> 3};  // of the arguments; the lowest three bits are those of the gradients
   for (int64_t d = 0; d < s.D; ++d)
     TORCH_CHECK(!(v.weights[d].w_ih.defined() || wanted.weight(d, kWih)) || a.x.defined(),
@@ -248,16 +256,14 @@ Tensors16 layer_double_backward(
   if (p.cell.cell_state) t.c_tangent = v.c0.defined() ? v.c0.clone() : zeros_like_state(p, s.H);
   for (int64_t d = 0; d < s.D; ++d) {
     t.previous.push_back(previous_hidden(p, t.output, a.h0, d));
-    t.dgates.push_back(p.allocate({wanted.bits ? 2 * s.N : 0, p.cell.gate_grads * s.H}));
-    t.dproj.push_back(p.allocate({wanted.bits ? 2 * s.N : 0, s.P}));
     if (s.P) {
       const Tensor gates = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
       t.hidden.push_back(gates.select(1, Lstm::kSavedCell).tanh().mul_(gates.select(1, Lstm::kSavedOutput)));
     }
   }
+  if (s.P > 0) t.dh_tangent = p.allocate({s.D, s.N, s.P});
   if (p.cell.carry) {
-    t.carry = zeros_like_state(p, s.H);
-    if (p.cell.cell_state && t.grad_cn.defined()) t.carry.copy_(t.grad_cn);
+    t.carry = p.cell.cell_state && grad_cell.defined() ? grad_cell.clone() : zeros_like_state(p, s.H);
     t.carry_tangent = zeros_like_state(p, s.H);
   }
   if (wanted(kH0)) t.dh0_tangent = zeros_like_state(p, s.Hr());

@@ -12,6 +12,10 @@ namespace frnn {
 enum Gradient { kInput, kH0, kC0, kFirstWeight };
 enum WeightGradient { kWih, kWhh, kBih, kBhh, kWhr, kWeightCount };
 
+constexpr int kGradients = kFirstWeight + 2 * kWeightCount;
+// Bits of `needs` above those of the gradients.
+enum { kStateGradients = kGradients, kSavedIsSpent };
+
 struct Wanted {
   int64_t bits;
   bool operator()(int gradient) const { return (bits >> gradient) & 1; }
@@ -21,7 +25,7 @@ struct Wanted {
 };
 
 // Undefined where not wanted.
-using Gradients = std::array<Tensor, kFirstWeight + 2 * kWeightCount>;
+using Gradients = std::array<Tensor, kGradients>;
 
 // Of a call without rows or units (backward.cpp).
 Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted);
@@ -39,6 +43,12 @@ inline std::vector<InputSide> input_side(const CellTraits& cell, int64_t H) {
 // tensor.narrow, without its dispatch where it changes nothing: a cell's backward pass has a dozen of them.
 inline Tensor part(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
   return count == tensor.size(dim) ? tensor : tensor.narrow(dim, first, count);
+}
+
+// Of rows of all steps, those that have an h_{t-1} in `previous`: all, or all but the first step's of direction d.
+inline Tensor rows_after(const Tensor& previous, const Tensor& rows, int64_t d) {
+  const int64_t count = previous.size(0);
+  return part(rows, 0, d == 0 ? rows.size(0) - count : 0, count);
 }
 
 // Rows of all steps, [N, ...], of padded ([T, B, ...]) or packed ones.

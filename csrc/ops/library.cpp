@@ -11,8 +11,11 @@
 //   v_...        the direction in which an argument changes, in its shape; absent: it does not change
 //   dgates       [D, N, kGateGrads*H], gradients of the pre-activations of the gates (csrc/cells)
 //   previous     [D, N, Hr], h_{t-1} of every row
+//   dh           [D, N, Hr], gradient of every h_t
 //
-// `needs` has bit k set where gradient k of the results is wanted; the others come back undefined (None).
+// `needs` has bit k set where gradient k of the results is wanted; the others come back undefined (None). dh is made on
+// the CPU alone. Above them, for layer_backward: nobody reads `saved` again, so its memory may be used; a graph, which
+// does not know, never sets that bit (fused_rnn/autograd.py).
 // These operators know no autograd: fused_rnn/ops.py and autograd.py are the way to call them. `layer` and `cell_step`,
 // which torch.compile and torch.export see, are defined in fused_rnn/ops.py.
 #include <torch/library.h>
@@ -33,7 +36,8 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs) -> "
       "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, "
       "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor "
-      "w_hr_reverse)");
+      "w_hr_reverse, "
+      "Tensor dh)");
   // What layer_backward multiplies for the weights' gradients.
   m.def(
       "layer_gate_gradients(str cell, Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, "
@@ -44,8 +48,8 @@ TORCH_LIBRARY(fused_rnn, m) {
       "(Tensor dgates, Tensor previous, Tensor h0, Tensor c0)");
   // The derivatives of <v, layer_backward>: by the gradients that it takes, then by the layer's arguments.
   m.def(
-      "layer_double_backward(str cell, Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, "
-      "Tensor? input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
+      "layer_double_backward(str cell, Tensor dh, Tensor? grad_cn, Tensor? input, "
+      "Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
       "Tensor? w_hr_reverse, Tensor? v_input, Tensor? v_h0, Tensor? v_c0, "

@@ -16,9 +16,11 @@ struct BackwardTensors {
   Tensor x, h0, c0, output, saved, reset;  // of the forward pass
   Tensor grad_output, grad_hn;             // [N, D*Hr], [D, B, Hr]; undefined: zero
   bool wants_dh0, wants_previous;
-  std::vector<Tensor> dgates, dproj;  // by direction, in one allocation each: [N, kGateGrads*H], [N, P]
-  std::vector<Tensor> previous;       // by direction, where wanted: h_{t-1} of every row, [N, Hr]
-  Tensor carry, dh0;  // [D, B, H] holding the gradient of c_n or zero; [D, B, Hr], where wanted
+  // By direction, in one allocation each: [N, kGateGrads*H]; [N, Hr], of every h_t, where it is projected or, on the
+  // CPU, wanted.
+  std::vector<Tensor> dgates, dh;
+  std::vector<Tensor> previous;  // by direction, where wanted: h_{t-1}, [N, Hr] or, on the CPU, fewer rows
+  Tensor carry, dh0;             // [D, B, H] holding the gradient of c_n or zero; [D, B, Hr], where wanted
 };
 
 struct Backend {
@@ -36,8 +38,17 @@ struct Backend {
 };
 extern const Backend kCpuBackend, kCudaBackend;
 
+// On the CPU: whether the input's products are made step by step in a scan forward.
+bool fuses_input(const Problem& p);
+
+// On the CPU: result = a^T b, as product_over_rows, or result += a^T b; in float or double.
+void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add);
+// Likewise result = a b, or result += a b; b and the result contiguous.
+void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add);
+
 // On the CPU: h_{t-1} of every row, [N, Hr], as direction d of a scan met it. output [N, D*Hr], h0 [D, B, Hr] or
-// undefined: zero.
+// undefined: zero. Where the first step of the scan has it zero and the batch is dense, a view of the rows of the other
+// steps: see rows_after.
 Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d);
 
 // That of the device where the tensor is (library.cpp).

@@ -200,7 +200,7 @@ void step_backward_scan(const Problem& p, BackwardTensors& t, void* stream) {
         to.dh = input_at<A>(dh, d * s.B * Hr);
         if (t.wants_previous) to.previous = output_at<T>(t.previous[d], now.first * Hr);
       } else {
-        operands[d] = t.dproj[d].narrow(0, now.first, now.rows);
+        operands[d] = t.dh[d].narrow(0, now.first, now.rows);
         const Tensor from_after = dh.select(0, d).narrow(0, 0, now.rows);
         if (t.grad_output.defined())
           at::add_out(operands[d], from_after,
