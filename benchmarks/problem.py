@@ -62,14 +62,15 @@ class Problem:
         )
 
 
-def make_problem(case: Case) -> Problem:
-    """Draw the numbers of a case from a seed made of its shape: the same every time, on every device.
+def make_problem(case: Case, draw: int = 0) -> Problem:
+    """Draw the numbers of a case from a seed made of its shape: the same every time, on every device. Other
+    draws give other numbers.
 
     They are drawn in float32 and rounded to the case's dtype, so that the float64 reference sees exactly
     what the contenders see.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{case.cell} {case.shape}".encode()))
+        torch.manual_seed(zlib.crc32(f"{case.cell} {case.shape}".encode()) + draw)
         module = build_module(nn, case, torch.float32, "cpu")
         if case.cell == "rnn_relu":
             _keep_sums_from_zero(module)

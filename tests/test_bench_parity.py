@@ -58,21 +58,22 @@ def test_a_case_has_the_same_numbers_every_time_and_leaves_the_generator_alone()
 
 @pytest.fixture
 def judged():
-    """A judge of one LSTM case, and torch.nn's own outputs for it."""
-    problem = make_problem(Case("lstm", "train", "fp32", "cpu", 6, 3, 4, 5))
-    outputs = TorchNN("cpu", 1).prepare(problem).outputs()
-    return Judge(problem, outputs), outputs, torch_outputs(problem, torch.float64)
+    """A judge of one LSTM case, torch.nn's own outputs for it, and the reference; then those two for the further
+    draws that a case so small has."""
+    case = Case("lstm", "train", "fp32", "cpu", 6, 3, 4, 5)
+    first, *others = (make_problem(case, draw) for draw in range(4))
+    outputs = TorchNN("cpu", 1).prepare(first).outputs()
+    more = [[torch_outputs(p, dtype) for dtype in (torch.float32, torch.float64)] for p in others]
+    return Judge(first, outputs), outputs, torch_outputs(first, torch.float64), more
 
 
 @pytest.mark.parametrize(
     "name", ["output", "h_n", "c_n", "grad input", "grad weight_hh_l0", "grad bias_ih_l0"]
 )
 def test_one_wrong_number_anywhere_is_found(judged, name):
-    judge, outputs, reference = judged
-    allowed = (
-        2 * (outputs[name] - reference[name]).abs().max()
-        + torch.finfo(torch.float32).eps * reference[name].abs().max()
-    )
+    judge, outputs, reference, more = judged
+    torchs_error = max((own[name] - exact[name]).abs().max() for own, exact in [(outputs, reference), *more])
+    allowed = 2 * torchs_error + torch.finfo(torch.float32).eps * reference[name].abs().max()
     wrong = reference[name].clone()
     wrong.view(-1)[-1] += 1.01 * allowed
     verdict = judge.judge(outputs | {name: wrong})
@@ -90,7 +91,7 @@ def test_one_wrong_number_anywhere_is_found(judged, name):
     ],
 )
 def test_what_cannot_be_compared_is_no_pass(judged, spoil, message):
-    judge, outputs, _ = judged
+    judge, outputs, *_ = judged
     verdict = judge.judge(outputs | {"output": spoil(outputs["output"])})
     assert not verdict.ok and verdict.to_json()["ok"] is False and verdict.to_json()["error"] is None
     with pytest.raises(AssertionError, match=message):
@@ -98,7 +99,7 @@ def test_what_cannot_be_compared_is_no_pass(judged, spoil, message):
 
 
 def test_only_a_peer_may_leave_outputs_out(judged):
-    judge, outputs, _ = judged
+    judge, outputs, *_ = judged
     some = {"output": outputs["output"]}
     assert judge.judge(some, must_have_all=False).ok
     assert str(judge.judge(some)) == "h_n is missing"
