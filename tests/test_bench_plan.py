@@ -34,7 +34,7 @@ def test_what_was_asked_for_and_what_ran_are_in_the_file():
         both = strategies(replace(GPU_CASE, mode="train"))
         assert both.pop("plan") == "persistent" and len(both) == 2
         assert set(both.values()) <= {"block", "cluster", "grid"}
-        assert strategies(replace(GPU_CASE, dtype="fp32")) == {"strategy": "step", "plan": "persistent"}
+        assert strategies(replace(GPU_CASE, dtype="fp64")) == {"strategy": "step", "plan": "persistent"}
 
 
 def test_a_plan_is_forced_while_the_cases_run_and_not_after(monkeypatch, quick_ceiling):
