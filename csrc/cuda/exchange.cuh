@@ -286,10 +286,9 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
 
  private:
   // Eight lines of the longest vector that k_groups warps multiply, or more of a short one. The gradients of an LSTM's gates
-  // in float32 leave registers for five, exact products for four.
-  static constexpr int kAtOnce = kGroups < 4 || std::is_same_v<T, Exact> ? 4
-                                 : kGroups == 8 && V * sizeof(T) == 16   ? 5
-                                                                         : kGroups;
+  // in float32 leave registers for four, and so do exact products.
+  static constexpr bool kFewRegisters = std::is_same_v<T, Exact> || (kGroups == 8 && V * sizeof(T) == 16);
+  static constexpr int kAtOnce = kGroups < 4 || kFewRegisters ? 4 : kGroups;
 
   // The second word of the last pair may lie behind the last word: nobody sends it, and it is zero.
   __device__ __forceinline__ bool arrived(const Message (&pair)[2]) const {
