@@ -26,12 +26,9 @@ struct Shape {
 template <class T>
 struct ForwardDirection {
   bool reverse;   // scan from the last step to the first
-  const T* x;     // [N, I], or null where gates_x holds the product
-  const T* w_ih;  // [G*H, I], or null where gates_x holds the product
-  const T* b_ih;  // [G*H], or null: no bias, or already in gates_x
-  Accumulate<T>*
-      gates_x;    // [N, G*H] = x w_ih^T + b_ih, or null: the kernel multiplies x step by step. Given along
-                  // with x, it is memory for the product, without b_ih, which the kernel makes first
+  const T* x;     // [N, I]
+  const T* w_ih;  // [G*H, I]
+  const T* b_ih;  // [G*H] or null
   const T* w_hh;  // [G*H, Hr]
   const T* b_hh;  // [G*H] or null
   const T* w_hr;  // [P, H] or null

@@ -101,7 +101,7 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
   const frnn::CpuPlan plan = frnn::plan_cpu(p);
   py::dict result;
   result["strategy"] = plan.direct ? "direct" : "packed";
-  result["input"] = plan.fuse_input ? "multiplied in the scan" : "one product before the scan";
+  result["input"] = "multiplied in blocks of rows, ahead of their steps";
   result["isa"] = set.name;
   result["products"] = pairs                                ? "of bfloat16, summed in float32"
                        : narrow                             ? "of float32 in the scan, of bfloat16 around it"

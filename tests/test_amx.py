@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import _C, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-Layer = Callable[[str, list[Tensor | None], bool], tuple[Tensor, Tensor, Tensor | None]]
+Layer = Callable[[str, list[Tensor | None]], tuple[Tensor, Tensor, Tensor | None]]
 
 SIZES = (1, 7, 16, 17, 33, 65, 129)  # of H: below, at and above a vector, a tile's k, and several of both
 ROWS = (1, 7, 8, 9, 16, 17, 33)  # without tiles; one row of tiles, whole and not; two; several pairs of them
@@ -65,8 +65,8 @@ def test_the_assembly_is_what_the_emulation_does(tmp_path: Path, optimized: str)
     assert done.returncode == 0, done.stderr
 
 
-def run_emulated(function: Callable, cell: str, arguments: list[Tensor | None], last: int):
-    """`last` is the function's last argument."""
+def run_emulated(function: Callable, cell: str, arguments: list[Tensor | None], *last: int):
+    """`last` are the function's last arguments."""
 
     def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
@@ -91,14 +91,13 @@ def run_emulated(function: Callable, cell: str, arguments: list[Tensor | None], 
         (ctypes.c_void_p * 10)(*(pointer(w) for w in weights)),
         *map(pointer, (output, hn)),
         torch.get_num_threads(),
-        last,
+        *last,
     )
     assert left == 0, "a thread has not given its tiles back"
     return output, hn, cn
 
 
-def on_hardware(cell: str, arguments: list[Tensor | None], fuse_input: bool):
-    """The planner fuses as it likes."""
+def on_hardware(cell: str, arguments: list[Tensor | None]):
     _C.set_isa("amx")
     return ops.layer_forward(cell, *arguments, False)[:3]
 
@@ -137,7 +136,7 @@ def test_agrees_with_reference(cell: str, H: int, amx: Layer) -> None:
             states=states,
             dtype=torch.bfloat16,
         )
-        output, hn, cn = amx(cell, arguments, B % 2 == 0)
+        output, hn, cn = amx(cell, arguments)
         expected = reference.layer(cell, *widened(arguments))
         # As in test_cpu_kernels.py: a few roundings of states about 1, or of some tens with relu.
         for ours, theirs in zip((output, hn, cn), expected, strict=True):
@@ -155,7 +154,7 @@ def test_one_step_of_exact_sums_has_the_bits_of_the_instructions_for_vectors(
     for B, I in ((8, 65), (9, 3), (16, 32), (17, 65), (33, 3), (20, 700)):
         arguments = make_layer(cell, 1, B, I, H, directions=2, dtype=torch.bfloat16)
         arguments = [a if a is None else (a * 16).round().clamp(-32, 32) / 16 for a in arguments]
-        found = amx(cell, arguments, B % 2 == 0)[0]
+        found = amx(cell, arguments)[0]
         _C.set_isa("avx512_bf16")
         expected = ops.layer_forward(cell, *arguments, False)[0]
         assert torch.equal(found, expected)
@@ -167,7 +166,7 @@ def test_threads_have_tiles_of_their_own(cell: str, amx: Layer) -> None:
     results = []
     for threads in (1, 4, 4):
         torch.set_num_threads(threads)
-        results.append(amx(cell, arguments, True)[0])
+        results.append(amx(cell, arguments)[0])
     alone, together, again = results
     assert torch.equal(together, again)
     # Tiles are cut otherwise, and the few rows of a small one are multiplied in another order: a rounding of bfloat16.
@@ -179,7 +178,7 @@ def test_threads_have_tiles_of_their_own(cell: str, amx: Layer) -> None:
 def test_nan_and_inf_stay_in_their_rows(cell: str, value: float, amx: Layer) -> None:
     arguments = make_layer(cell, 4, 20, 5, 20, dtype=torch.bfloat16)
     arguments[0][1, 1, 2] = value
-    ours = amx(cell, arguments, True)[0].double()
+    ours = amx(cell, arguments)[0].double()
     theirs = reference.layer(cell, *widened(arguments))[0]
     assert torch.equal(ours.isnan(), theirs.isnan())
     finite = theirs.isfinite()

@@ -266,7 +266,15 @@ def test_plan_says_what_is_multiplied(isa: str) -> None:
     assert plan(dtype="bf16")["products"].startswith("of bfloat16") == pairs
     assert ("bfloat16 around" in plan(dtype="bf16", training=True)["products"]) == pairs
     assert plan(dtype="fp16", B=4)["products"] == "of float32: operands are widened"
-    for sizes, splits in ({"H": 128}, True), ({"B": 23}, False), ({"H": 127}, False), ({"T": 3}, False):
+    cases: list[tuple[dict[str, int], bool]] = [
+        ({"H": 128}, True),
+        ({"H": 127}, False),
+        ({"T": 3}, False),
+        ({"T": 64, "B": 15}, True),  # of the input alone
+        ({"T": 64, "B": 15, "H": 255}, False),
+        ({"T": 500, "B": 1}, False),
+    ]
+    for sizes, splits in cases:
         found = plan(**sizes)["products"]
         assert found == "of float32" + (", as sums of bfloat16" if splits and isa == "amx" else "")
     assert plan(dtype="fp64")["vector"] * 2 == plan(dtype="fp32")["vector"] == plan(dtype="bf16")["vector"]

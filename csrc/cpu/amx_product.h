@@ -43,23 +43,24 @@ class AmxRows {
 };
 
 // Sums of the lanes kFirst, kFirst + 1, ... of a panel. Up to 16 rows, four lanes.
-template <int kFirst, int kLanes, int... l>
+template <int kFirst, int kLanes, class Pause, int... l>
 FRNN_HD void amx_row_of_sums(AmxRows& a, int64_t K, const BFloat16* weights, int64_t stride, float* acc,
-                             bool add, std::integer_sequence<int, l...>) {
+                             bool add, Pause&& pause, std::integer_sequence<int, l...>) {
   (begin_sums<l>(acc + (kFirst + l) * 16, kLanes * 64, add), ...);
   for (int64_t k = 0; k < K; k += kAmxDepth, weights += kAmxDepth / 2 * stride) {
     a.load<false>(k);
     ((load_tile<5 + l % 3>(weights + (kFirst + l) * 32, stride * sizeof(BFloat16)),
       add_tile_product<l, 4, 5 + l % 3>()),
      ...);
+    pause();
   }
   (store_tile<l>(acc + (kFirst + l) * 16, kLanes * 64), ...);
 }
 
 // Up to 32 rows, two lanes.
-template <int kFirst, int kLanes, int... l>
+template <int kFirst, int kLanes, class Pause, int... l>
 FRNN_HD void amx_square_of_sums(AmxRows& a, int64_t K, const BFloat16* weights, int64_t stride, float* acc,
-                                bool add, std::integer_sequence<int, l...>) {
+                                bool add, Pause&& pause, std::integer_sequence<int, l...>) {
   float* const lower = acc + kAmxRows * kLanes * 16;
   (begin_sums<l>(acc + (kFirst + l) * 16, kLanes * 64, add), ...);
   (begin_sums<2 + l>(lower + (kFirst + l) * 16, kLanes * 64, add), ...);
@@ -68,26 +69,28 @@ FRNN_HD void amx_square_of_sums(AmxRows& a, int64_t K, const BFloat16* weights, 
     (load_tile<6 + l>(weights + (kFirst + l) * 32, stride * sizeof(BFloat16)), ...);
     (add_tile_product<l, 4, 6 + l>(), ...);
     (add_tile_product<2 + l, 5, 6 + l>(), ...);
+    pause();
   }
   (store_tile<l>(acc + (kFirst + l) * 16, kLanes * 64), ...);
   (store_tile<2 + l>(lower + (kFirst + l) * 16, kLanes * 64), ...);
 }
 
 // acc[row][lane][unit], as packed_product leaves it.
-template <int kLanes>
+template <int kLanes, class Pause = NoPause>
 __attribute__((noinline)) void amx_product(const BFloat16* const* a, int rows, int64_t K,
-                                           const BFloat16* weights, int64_t stride, float* acc, bool add) {
+                                           const BFloat16* weights, int64_t stride, float* acc, bool add,
+                                           Pause&& pause = NoPause()) {
   static_assert(kLanes <= 4, "a row of sums is four tiles");
   constexpr int kPair = kLanes > 1 ? 2 : 1;
   AmxShapes::use(rows);
   AmxRows tiles(a, rows, K);
   if (rows <= kAmxRows)
-    return amx_row_of_sums<0, kLanes>(tiles, K, weights, stride, acc, add,
+    return amx_row_of_sums<0, kLanes>(tiles, K, weights, stride, acc, add, pause,
                                       std::make_integer_sequence<int, kLanes>());
-  amx_square_of_sums<0, kLanes>(tiles, K, weights, stride, acc, add,
+  amx_square_of_sums<0, kLanes>(tiles, K, weights, stride, acc, add, pause,
                                 std::make_integer_sequence<int, kPair>());
   if constexpr (kLanes > 2)
-    amx_square_of_sums<2, kLanes>(tiles, K, weights, stride, acc, add,
+    amx_square_of_sums<2, kLanes>(tiles, K, weights, stride, acc, add, pause,
                                   std::make_integer_sequence<int, kLanes - 2>());
 }
 
@@ -102,10 +105,16 @@ struct PackedProduct<BFloat16> {
   static constexpr int kMaxTileRows = 2 * kAmxRows;
   static constexpr int tile_rows(int) { return kMaxTileRows; }
 
-  template <int kLanes>
+  static constexpr bool kPauses = true;
+  // With up to 16 rows there are half as many: then some rows wait until the end.
+  static constexpr int64_t pauses(int lanes, int64_t K) {
+    return (K + kAmxDepth - 1) / kAmxDepth * (lanes > 2 ? 2 : 1);
+  }
+
+  template <int kLanes, class Pause>
   static void multiply(const BFloat16* const* a, int rows, int64_t K, const BFloat16* weights, int64_t stride,
-                       float* acc, bool add) {
-    if (rows >= kFewestAmxRows) return amx_product<kLanes>(a, rows, K, weights, stride, acc, add);
+                       float* acc, bool add, Pause&& pause) {
+    if (rows >= kFewestAmxRows) return amx_product<kLanes>(a, rows, K, weights, stride, acc, add, pause);
     constexpr int kRows = frnn::tile_rows(kLanes);
     for (int first = 0; first < rows; first += kRows)
       packed_product<BFloat16, kLanes>(a + first, rows - first < kRows ? rows - first : kRows, K, weights,

@@ -53,14 +53,14 @@ FRNN_HD void split(__m512 low, __m512 high, int parts, __m512i* part) {
   }
 }
 
-// Up to 32 rows of length K in parts: [k / 32][part][32 rows][32], tile after tile as the product takes them.
+// Up to 32 rows of length K, and the same in parts: [k / 32][part][32 rows][32], tile after tile as the product takes them.
 class SplitRows {
  public:
   static int64_t size(int64_t K, int parts) { return divide_up(K, kAmxDepth) * parts * 2 * kAmxTile; }
 
-  void split_into(BFloat16* memory, const float* const* a, int rows, int64_t K, int parts) {
-    tiles_ = memory;
-    splits_ = true;
+  SplitRows() = default;
+  SplitRows(BFloat16* memory, const float* const* a, int rows, int64_t K, int parts)
+      : rows_(a), tiles_(memory), splits_(true) {
     for (int r = 0; r < rows; ++r) {
       Magnitude magnitude;
       BFloat16* to = memory + r * kAmxDepth;
@@ -76,83 +76,103 @@ class SplitRows {
     }
   }
   bool splits() const { return splits_; }
+  const float* const* rows() const { return rows_; }
   const BFloat16* tiles() const { return tiles_; }
 
  private:
+  const float* const* rows_;
   const BFloat16* tiles_;
   bool splits_;
 };
 
-// What a product of two lanes does with the parts of one block of k: tiles are 0 to 3 sums, 4 and 5 rows, 6 and 7
-// weights. Without kTwo there are 16 rows at most, without kPair one lane.
-template <bool kTwo, bool kPair, int kLanes>
+// A product of two lanes with the parts of one block of k: tiles are 0 to 3 sums, 4 and 5 rows, 6 and 7 weights. Without
+// kTwo there are 16 rows at most, without kPair one lane.
+template <bool kTwo, bool kPair>
 struct SplitBlock {
+  static constexpr int kLanes = kPair ? 2 : 1;
   const BFloat16 *a, *w;  // [part][2][16][32], [part][lane][16][32]
 
-  FRNN_HD void rows(int part) const {
-    load_tile<4>(a + part * 2 * kAmxTile, 64);
+  FRNN_HD void upper(int part) const { load_tile<4>(a + part * 2 * kAmxTile, 64); }
+  FRNN_HD void lower(int part) const {
     if constexpr (kTwo) load_tile<5>(a + (part * 2 + 1) * kAmxTile, 64);
   }
-  FRNN_HD void weights(int part) const {
-    load_tile<6>(w + part * kLanes * kAmxTile, 64);
+  FRNN_HD void left(int part) const { load_tile<6>(w + part * kLanes * kAmxTile, 64); }
+  FRNN_HD void right(int part) const {
     if constexpr (kPair) load_tile<7>(w + (part * kLanes + 1) * kAmxTile, 64);
   }
-  FRNN_HD void multiply() const {
-    add_tile_product<0, 4, 6>();
+  FRNN_HD void upper_left() const { add_tile_product<0, 4, 6>(); }
+  FRNN_HD void upper_right() const {
     if constexpr (kPair) add_tile_product<1, 4, 7>();
+  }
+  FRNN_HD void lower_left() const {
     if constexpr (kTwo) add_tile_product<2, 5, 6>();
+  }
+  FRNN_HD void lower_right() const {
     if constexpr (kTwo && kPair) add_tile_product<3, 5, 7>();
+  }
+
+  // Of the rows' part that is there with the weights' part that is there; then, as soon as nothing needs it any more, the
+  // next part of one side. Loads between products cost less than loads before them (measured: a tenth).
+  FRNN_HD void then_weights(int part) const {
+    upper_left(), lower_left(), left(part), upper_right(), lower_right(), right(part);
+  }
+  FRNN_HD void then_rows(int part) const {
+    upper_left(), upper_right(), upper(part), lower_left(), lower_right(), lower(part);
+  }
+  FRNN_HD void multiply(int parts) const {
+    upper(0), left(parts - 1), right(parts - 1), lower(0);
+    if (parts == 3) then_weights(1), then_rows(1);
+    then_weights(0);
+    if (parts == 3)
+      then_rows(2), then_rows(0);
+    else
+      then_rows(1);
+    upper_left(), upper_right(), lower_left(), lower_right();
   }
 };
 
-template <bool kTwo, bool kPair, int kLanes>
+template <bool kTwo, bool kPair, class Pause>
 FRNN_HD void split_lanes(const BFloat16* a, int64_t blocks, const BFloat16* w, int parts, float* acc,
-                         bool add) {
-  constexpr int64_t kStride = kLanes * 64;
-  float* const lower = acc + kAmxRows * kLanes * 16;
-  begin_sums<0>(acc, kStride, add);
-  if constexpr (kPair) begin_sums<1>(acc + 16, kStride, add);
-  if constexpr (kTwo) begin_sums<2>(lower, kStride, add);
-  if constexpr (kTwo && kPair) begin_sums<3>(lower + 16, kStride, add);
+                         int64_t stride, bool add, Pause&& pause) {
+  constexpr int kLanes = kPair ? 2 : 1;
+  float* const lower = acc + kAmxRows * stride / 4;
+  begin_sums<0>(acc, stride, add);
+  if constexpr (kPair) begin_sums<1>(acc + 16, stride, add);
+  if constexpr (kTwo) begin_sums<2>(lower, stride, add);
+  if constexpr (kTwo && kPair) begin_sums<3>(lower + 16, stride, add);
   for (int64_t k = 0; k < blocks; ++k, a += parts * 2 * kAmxTile, w += parts * kLanes * kAmxTile) {
-    const SplitBlock<kTwo, kPair, kLanes> block{a, w};
-    // In an order that loads little: from one product to the next, one side's part stays.
-    block.rows(0), block.weights(0), block.multiply();
-    block.weights(1), block.multiply();
-    block.rows(1);
-    if (parts == 3) block.multiply();
-    block.weights(0), block.multiply();
-    if (parts == 3) block.rows(2), block.multiply(), block.rows(0), block.weights(2), block.multiply();
+    SplitBlock<kTwo, kPair>{a, w}.multiply(parts);
+    pause();
   }
-  store_tile<0>(acc, kStride);
-  if constexpr (kPair) store_tile<1>(acc + 16, kStride);
-  if constexpr (kTwo) store_tile<2>(lower, kStride);
-  if constexpr (kTwo && kPair) store_tile<3>(lower + 16, kStride);
+  store_tile<0>(acc, stride);
+  if constexpr (kPair) store_tile<1>(acc + 16, stride);
+  if constexpr (kTwo) store_tile<2>(lower, stride);
+  if constexpr (kTwo && kPair) store_tile<3>(lower + 16, stride);
 }
 
-template <int kFirst, int kLanes>
+template <bool kPair, class Pause>
 FRNN_HD void split_pair(const BFloat16* a, int rows, int64_t blocks, const BFloat16* w, int parts, float* acc,
-                        bool add) {
-  constexpr bool kPair = kFirst + 1 < kLanes;
-  w += kFirst * kAmxTile, acc += kFirst * 16;
+                        int64_t stride, bool add, Pause&& pause) {
   if (rows > kAmxRows)
-    split_lanes<true, kPair, kLanes>(a, blocks, w, parts, acc, add);
+    split_lanes<true, kPair>(a, blocks, w, parts, acc, stride, add, pause);
   else
-    split_lanes<false, kPair, kLanes>(a, blocks, w, parts, acc, add);
+    split_lanes<false, kPair>(a, blocks, w, parts, acc, stride, add, pause);
 }
 
 // acc[row][lane][unit], as packed_product leaves it.
-template <int kLanes>
+template <int kLanes, class Pause>
 __attribute__((noinline)) void split_product(const BFloat16* a, int rows, int64_t K, const BFloat16* w,
-                                             int parts, float* acc, bool add) {
+                                             int parts, float* acc, bool add, Pause&& pause) {
   static_assert(kLanes <= 4, "lanes are taken two at a time");
   AmxShapes::use(rows);
-  const int64_t blocks = divide_up(K, kAmxDepth);
-  split_pair<0, kLanes>(a, rows, blocks, w, parts, acc, add);
-  if constexpr (kLanes > 2) split_pair<2, kLanes>(a, rows, blocks, w, parts, acc, add);
+  const int64_t blocks = divide_up(K, kAmxDepth), stride = kLanes * 64;
+  split_pair<(kLanes > 1)>(a, rows, blocks, w, parts, acc, stride, add, pause);
+  if constexpr (kLanes > 2)
+    split_pair<(kLanes > 3)>(a, rows, blocks, w + blocks * parts * 2 * kAmxTile, parts, acc + 32, stride, add,
+                             pause);
 }
 
-// GateWeights in parts, [k / 32][part][lane][16 pairs][16 units][2] a panel: the tiles in the order of their use.
+// GateWeights in parts, [pair of lanes][k / 32][part][lane][16 pairs][16 units][2] a panel: tiles in the order of their use.
 template <int kGates, int kVectors>
 class SplitWeights {
  public:
@@ -166,41 +186,46 @@ class SplitWeights {
 
   void pack(int64_t panel) const {
     Magnitude magnitude;
-    BFloat16* to = packed(panel);
-    for (int64_t k = 0; k < K_; k += kAmxDepth, to += parts_ * kLanes * kAmxTile)
-      for (int g = 0; g < kGates; ++g)
-        for (int v = 0; v < kVectors; ++v) {
-          Vec<float> square[kMostParts][16];  // a pair of k where a float would be
-          for (int u = 0; u < 16; ++u) {
-            // Places of units beyond the last repeat it; what they give is dropped.
-            const int64_t unit = smallest(panel * kUnits + v * 16 + u, units_ - 1);
-            const float* w = weights_ + (g * units_ + unit) * K_ + k;
-            const __m512 low = first_floats(w, K_ - k), high = first_floats(w + 16, K_ - k - 16);
-            magnitude.add(low);
-            magnitude.add(high);
-            __m512i part[kMostParts];
-            split(low, high, parts_, part);
-            for (int p = 0; p < parts_; ++p) square[p][u] = Vec<float>((Vec<float>::Native)part[p]);
-          }
-          for (int p = 0; p < parts_; ++p) {
-            transpose(square[p]);
-            for (int pair = 0; pair < 16; ++pair)
-              memcpy(to + (p * kLanes + g * kVectors + v) * kAmxTile + pair * 32, &square[p][pair].v, 64);
-          }
+    const int64_t pair_size = divide_up(K_, kAmxDepth) * parts_ * 2 * kAmxTile;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int lanes = lane / 2 * 2 + 1 < kLanes ? 2 : 1;  // of its pair
+      BFloat16* to = packed(panel) + lane / 2 * pair_size + lane % 2 * kAmxTile;
+      const float* of_gate = weights_ + lane / kVectors * units_ * K_;
+      for (int64_t k = 0; k < K_; k += kAmxDepth) {
+        Vec<float> square[kMostParts][16];  // a pair of k where a float would be
+        for (int u = 0; u < 16; ++u) {
+          // Places of units beyond the last repeat it; what they give is dropped.
+          const int64_t unit = smallest(panel * kUnits + lane % kVectors * 16 + u, units_ - 1);
+          const float* w = of_gate + unit * K_ + k;
+          const __m512 low = first_floats(w, K_ - k), high = first_floats(w + 16, K_ - k - 16);
+          magnitude.add(low);
+          magnitude.add(high);
+          __m512i part[kMostParts];
+          split(low, high, parts_, part);
+          for (int p = 0; p < parts_; ++p) square[p][u] = Vec<float>((Vec<float>::Native)part[p]);
         }
+        for (int p = 0; p < parts_; ++p, to += lanes * kAmxTile) {
+          transpose(square[p]);
+          for (int pair = 0; pair < 16; ++pair) memcpy(to + pair * 32, &square[p][pair].v, 64);
+        }
+      }
+    }
     splits_.get()[panel] = magnitude.splits();
   }
 
-  // acc[row][gate][unit of the panel], from the rows a, or from the same rows split; `add`: to what is there.
-  void multiply(const float* const* a, const SplitRows& rows_split, int rows, int64_t panel, float* acc,
-                bool add) const {
-    if (rows_split.splits() && splits_.get()[panel])
-      return split_product<kLanes>(rows_split.tiles(), rows, K_, packed(panel), parts_, acc, add);
+  // As GateWeights.
+  template <class Pause = NoPause>
+  void multiply(const SplitRows& a, int rows, int64_t panel, float* acc, bool add = false,
+                Pause&& pause = NoPause()) const {
+    if (a.splits() && splits_.get()[panel])
+      return split_product<kLanes>(a.tiles(), rows, K_, packed(panel), parts_, acc, add, pause);
     for (int r = 0; r < rows; r += kMaxTileRows)
-      direct_product<float, kGates, kVectors>(a + r, static_cast<int>(smallest(rows - r, kMaxTileRows)), K_,
-                                              weights_, units_, panel * kUnits, acc + r * kGates * kUnits,
-                                              add);
+      direct_product<float, kGates, kVectors>(
+          a.rows() + r, static_cast<int>(smallest(rows - r, kMaxTileRows)), K_, weights_, units_,
+          panel * kUnits, acc + r * kGates * kUnits, add);
   }
+
+  int64_t pauses() const { return divide_up(K_, kAmxDepth) * divide_up(kLanes, 2); }
 
  private:
   int64_t panel_size() const { return divide_up(K_, kAmxDepth) * parts_ * kLanes * kAmxTile; }
@@ -211,6 +236,28 @@ class SplitWeights {
   int parts_;
   Buffer<BFloat16> panels_;
   Buffer<bool> splits_;  // of a panel
+};
+
+// As PlainProducts, by parts.
+struct SplitProducts {
+  using Session = AmxSession;
+  template <int kGates, int kVectors>
+  using Weights = SplitWeights<kGates, kVectors>;
+  using Operand = SplitRows;
+  using Part = BFloat16;
+  static constexpr bool kPauses = true;
+
+  int parts;  // of a number: 3, or 2 for less accuracy
+
+  static constexpr int tile_rows(int /*lanes*/) { return 2 * kAmxRows; }
+  template <int kGates, int kVectors>
+  Weights<kGates, kVectors> weights(const float* weights, int64_t units, int64_t K, bool /*direct*/) const {
+    return {weights, units, K, parts};
+  }
+  int64_t operand_size(int64_t K) const { return SplitRows::size(K, parts); }
+  Operand operand(BFloat16* memory, const float* const* rows, int count, int64_t K) const {
+    return {memory, rows, count, K, parts};
+  }
 };
 
 }  // namespace FRNN_ISA

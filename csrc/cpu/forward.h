@@ -1,4 +1,8 @@
 // The forward scan of one layer on the CPU: all steps, both directions, one call.
+//
+// The input is multiplied a block of rows at a time, ahead of their steps: many short steps together, or a part of a
+// tall one. Its weights and the recurrent ones seldom fit L2 together; so they are read once a block, not once a step,
+// and the sums wait in L2.
 #pragma once
 
 #include "../cells/cells.h"
@@ -27,22 +31,53 @@ CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
 }
 
 // S: what weights, inputs and the hidden state are stored as. Sums, the cell state and the cell itself are of T.
-template <class Cell, class S>
+// Input, Recurrent: how x and h are multiplied (PlainProducts in weights.h).
+template <class Cell, class S, class Input = PlainProducts<S>, class Recurrent = PlainProducts<S>>
 class ForwardDirectionScan {
   using T = Accumulate<S>;
   static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
-  static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
-  static constexpr int kMaxTileRows = PackedProduct<S>::kMaxTileRows;
-  static constexpr int kTileRows = PackedProduct<S>::tile_rows(kGates * kVectors);
+  static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize, kRow = kGates * kUnits;
+  static constexpr int kTileRows = Recurrent::tile_rows(kGates * kVectors);
+  static constexpr int kInputRows = Input::tile_rows(kGates * kVectors);
   static constexpr int kProjVectors = 2;
   // Whether a gate adds up its two sides: then their products need not be told apart.
   static constexpr bool kOneSum = Cell::kGateGrads == kGates;
   using V = Vec<T>;
 
+  // Rows whose input is multiplied together; a step that is taller is cut into blocks of about as many. Weights that come
+  // from L3 at 28 GB/s (measured on Sapphire Rapids) take as long as the products of 64 rows in tiles.
+  static constexpr int kBlockRows = 128, kMostBlockRows = kBlockRows + kTileRows;
+  struct Tile {
+    int64_t s, b0;
+    int rows, first;  // first: its place in the block
+    bool ends_step;
+    typename Recurrent::Operand h;
+  };
+  struct Block {
+    int rows, tiles;
+    Tile tile[kMostBlockRows];
+    const S *x[kMostBlockRows], *h[kMostBlockRows];
+  };
+  // A tile whose products are made and whose cells are not: tiles of AMX multiply the next one's meanwhile.
+  struct Pending {
+    const Tile* tile;  // null: none
+    int64_t panel;
+    const S* const* h_prev;
+    const T *sums, *from_h;  // [rows][gate][unit of the panel]
+    int row;                 // the first that is left
+  };
+  // Tiles and the input's pieces are cut into nearly equal heights: none is less than half as high as it may be, but for
+  // the last of a step or of a block.
+  static constexpr int kMostTiles = kMostBlockRows / divide_up(kTileRows, 2) + 2;
+  static constexpr int kMostPieces = kMostBlockRows / divide_up(kInputRows, 2) + 2;
+
  public:
-  ForwardDirectionScan(const Shape& shape, const ForwardDirection<S>& d, const CpuPlan& plan)
+  ForwardDirectionScan(const Shape& shape, const ForwardDirection<S>& d, const CpuPlan& plan,
+                       Input input = Input(), Recurrent recurrent = Recurrent())
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
-        recurrent_(d.w_hh, H_, Hr_, plan.direct), input_(d.w_ih, H_, shape.I, plan.direct),
+        input_products_(input), recurrent_products_(recurrent),
+        input_(input.template weights<kGates, kVectors>(d.w_ih, H_, shape.I, plan.direct)),
+        recurrent_(recurrent.template weights<kGates, kVectors>(d.w_hh, H_, Hr_, plan.direct)),
         // Fewer outputs than a vector has places would leave most of a packed panel empty.
         projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
         hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
@@ -50,110 +85,178 @@ class ForwardDirectionScan {
   }
 
   void run(const Member& member, Barrier* everybody) {
-    [[maybe_unused]] const typename PackedProduct<S>::Session session;
+    [[maybe_unused]] const typename Input::Session session;
     const Range panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
     const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
     const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
     pack_share(recurrent_, panels, member, plan_);
-    if (d_.x) pack_share(input_, panels, member, plan_);
+    pack_share(input_, panels, member, plan_);
     pack_share(projection_, proj_panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());
-    if (d_.x && d_.gates_x) {
-      multiply_input(panels, member);
-      if (plan_.row_groups > 1) everybody->wait(plan_.threads());
-    }
 
-    for (int64_t s = 0; s < shape_.T; ++s) {
-      each_panel(panels, s, [&](int64_t panel) {
-        tiles.each(scan_.rows(s), [&](int64_t b, int rows) { gates_tile(s, panel, b, rows); });
-      });
-      if (shape_.P) {
-        member.barrier->wait(plan_.unit_groups);  // the projection reads every unit
-        each_panel(proj_panels, s, [&](int64_t panel) {
-          tiles.each(scan_.rows(s), [&](int64_t b, int rows) { projection_tile(s, panel, b, rows); });
+    const int64_t capacity = smallest(kMostBlockRows, shape_.N);
+    const Buffer<T> memory((panels.last - panels.first) * capacity * kRow);
+    const Sums sums{memory.get(), panels.first, capacity};
+    const Buffer<typename Input::Part> x_parts(kMostPieces * input_products_.operand_size(shape_.I));
+    const Buffer<typename Recurrent::Part> h_parts(kMostTiles * recurrent_products_.operand_size(Hr_));
+    Block block;
+    Place next{0, tiles.group};
+    for (int64_t sweep = 0; gather(tiles, next, block);) {
+      multiply_input(block, panels, x_parts.get(), sums);
+      for (int first = 0, last; first < block.tiles; first = last) {
+        const int64_t s = block.tile[first].s;
+        for (last = first; last < block.tiles && block.tile[last].s == s; ++last)
+          meet_state(block, block.tile[last],
+                     h_parts.get() + (last - first) * recurrent_products_.operand_size(Hr_));
+        Pending pending{};
+        alignas(64) T apart[kOneSum ? 1 : 2][kOneSum ? 1 : kTileRows * kRow];
+        int turn = 0;
+        each_panel(panels, sweep++, [&](int64_t panel) {
+          for (int i = first; i < last; ++i, ++turn)
+            gates_tile(panel, block.tile[i], block.h + block.tile[i].first, sums, apart[turn % 2 * !kOneSum],
+                       pending);
         });
+        finish_rows(pending, kTileRows);
+        if (block.tile[last - 1].ends_step) end_step(s, proj_panels, tiles, member);
       }
-      member.barrier->wait(plan_.unit_groups);  // the next step reads every unit of h_t
     }
   }
 
  private:
-  // The input's product for all steps, of this member's units and its share of the rows.
-  void multiply_input(Range panels, const Member& member) {
-    const Range rows = share_of(shape_.N, member.row_group, plan_.row_groups);
-    for (int64_t panel = panels.first; panel < panels.last; ++panel)
-      for (int64_t row0 = rows.first; row0 < rows.last; row0 += kTileRows) {
-        const int count = static_cast<int>(smallest(rows.last - row0, kTileRows));
-        const S* x[kMaxTileRows];
-        for (int r = 0; r < count; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
-        for (int r = 0; r < count; ++r)
-          for (int g = 0; g < kGates; ++g)
-            fetch<kVectors>(d_.gates_x + ((row0 + r) * kGates + g) * H_ + panel * kUnits);
-        alignas(64) T acc[kTileRows * kGates * kUnits];
-        input_.multiply(x, count, panel, acc);
-        for (int r = 0; r < count; ++r)
-          for (int g = 0; g < kGates; ++g)
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t u = panel * kUnits + v * kSize;
-              const int n = static_cast<int>(smallest(H_ - u, kSize));
-              if (n > 0)
-                store(d_.gates_x + (row0 + r) * kGates * H_ + g * H_ + u,
-                      load(acc + (r * kGates + g) * kUnits + v * kSize), n);
-            }
+  // The sums of a block: [panel][row of the block][gate][unit of the panel], of this member's panels.
+  struct Sums {
+    T* memory;
+    int64_t first_panel, rows;
+    T* at(int64_t panel, int64_t row) const { return memory + ((panel - first_panel) * rows + row) * kRow; }
+  };
+  struct Place {
+    int64_t s, tile;
+  };
+
+  // The next tiles in the order of the scan: whole steps, as many as a block holds, or else a part of one. False: none.
+  bool gather(const Tiles& tiles, Place& next, Block& block) const {
+    block.rows = block.tiles = 0;
+    for (; next.s < shape_.T; ++next.s, next.tile = tiles.group) {
+      const int64_t rows_now = scan_.rows(next.s);
+      int64_t rows = 0, count = 0;
+      for (int64_t i = tiles.group; i < tiles.count; i += tiles.groups)
+        if (const Range r = tiles.rows(i, rows_now); r.first < r.last) rows += r.last - r.first, ++count;
+      if (block.tiles > 0 && block.rows + rows > kBlockRows) return true;
+      const int64_t most = rows > kBlockRows ? divide_up(count, divide_up(rows, kBlockRows)) : count;
+      for (; next.tile < tiles.count; next.tile += tiles.groups) {
+        const Range r = tiles.rows(next.tile, rows_now);
+        if (r.first >= r.last) break;
+        if (block.tiles > 0 && rows > kBlockRows && block.tiles == most) return true;
+        add_tile(block, next.s, r);
       }
-  }
-
-  const S* previous_hidden(int64_t s, int64_t b, int64_t continued) const {
-    if (b < continued) return d_.output + (scan_.offset(s - 1) + b) * d_.output_stride;
-    return d_.h0 ? d_.h0 + b * Hr_ : zeros_.get();
-  }
-
-  void gates_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
-    const int64_t continued = scan_.continued(s), row0 = scan_.offset(s) + b0;
-    const S* h_prev[kMaxTileRows];
-    const S* x[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) h_prev[r] = previous_hidden(s, b0 + r, continued);
-    alignas(64) T from_h[kTileRows * kGates * kUnits];
-    alignas(64) T from_x[kOneSum ? 1 : kTileRows * kGates * kUnits];
-    fetch_units(row0, panel * kUnits, rows);
-    if (d_.h0 || b0 < continued)
-      recurrent_.multiply(h_prev, rows, panel, from_h);
-    else
-      memset(from_h, 0, sizeof from_h);
-    if (!d_.gates_x) {
-      for (int r = 0; r < rows; ++r) x[r] = d_.x + (row0 + r) * shape_.I;
-      input_.multiply(x, rows, panel, kOneSum ? from_h : from_x, kOneSum);
+      if (count > 0) block.tile[block.tiles - 1].ends_step = true;
+      if (rows > kBlockRows) {
+        ++next.s, next.tile = tiles.group;
+        return true;
+      }
     }
-    // The input's side of gate g of row r: at gx + r * gx_row + g * gx_gate.
-    const bool in_sum = kOneSum && !d_.gates_x;
-    const T* gx = d_.gates_x ? d_.gates_x + row0 * kGates * H_ + panel * kUnits : from_x;
-    const int64_t gx_gate = d_.gates_x ? H_ : kUnits, gx_row = kGates * gx_gate;
+    return block.tiles > 0;
+  }
+
+  void add_tile(Block& block, int64_t s, Range r) const {
+    Tile& tile = block.tile[block.tiles++];
+    tile.s = s, tile.b0 = r.first, tile.rows = static_cast<int>(r.last - r.first);
+    tile.first = block.rows, tile.ends_step = false;
+    const S* x = d_.x + (scan_.offset(s) + r.first) * shape_.I;
+    for (int i = 0; i < tile.rows; ++i, x += shape_.I) block.x[block.rows++] = x;
+  }
+
+  void multiply_input(const Block& block, Range panels, typename Input::Part* parts, const Sums& sums) const {
+    struct Piece {
+      int64_t first;
+      int rows;
+      typename Input::Operand x;
+    } piece[kMostPieces];
+    int count = 0;
+    Tiles(block.rows, kInputRows, 0, 1).each(block.rows, [&](int64_t first, int rows) {
+      piece[count] = {first, rows, input_products_.operand(parts, block.x + first, rows, shape_.I)};
+      parts += input_products_.operand_size(shape_.I), ++count;
+    });
+    for (int64_t panel = panels.first; panel < panels.last; ++panel)
+      for (int i = 0; i < count; ++i)
+        input_.multiply(piece[i].x, piece[i].rows, panel, sums.at(panel, piece[i].first));
+  }
+
+  // The state that a tile's rows meet: each member makes an operand of all of them, which is less than another barrier.
+  void meet_state(Block& block, Tile& tile, typename Recurrent::Part* parts) const {
+    const int64_t continued = scan_.continued(tile.s);
+    const S** h = block.h + tile.first;
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t b = tile.b0 + r;
+      h[r] = b < continued ? d_.output + (scan_.offset(tile.s - 1) + b) * d_.output_stride
+             : d_.h0       ? d_.h0 + b * Hr_
+                           : zeros_.get();
+    }
+    if (d_.h0 || tile.b0 < continued) tile.h = recurrent_products_.operand(parts, h, tile.rows, Hr_);
+  }
+
+  void gates_tile(int64_t panel, const Tile& tile, const S* const* h_prev, const Sums& all, T* apart,
+                  Pending& pending) {
+    T* const sums = all.at(panel, tile.first);
+    T* const from_h = kOneSum ? sums : apart;
+    fetch_units(scan_.offset(tile.s) + tile.b0, panel * kUnits, tile.rows);
+    if (d_.h0 || tile.b0 < scan_.continued(tile.s)) {
+      const int share =
+          pending.tile ? static_cast<int>(divide_up(pending.tile->rows, recurrent_.pauses())) : 0;
+      recurrent_.multiply(tile.h, tile.rows, panel, from_h, kOneSum, [&] { finish_rows(pending, share); });
+    } else if (!kOneSum) {
+      memset(from_h, 0, kTileRows * kRow * sizeof(T));
+    }
+    finish_rows(pending, kTileRows);
+    pending = {&tile, panel, h_prev, sums, from_h, 0};
+    if (!Recurrent::kPauses) finish_rows(pending, kTileRows);
+  }
+
+  // The cells of the next `count` rows that wait.
+  __attribute__((noinline)) void finish_rows(Pending& p, int count) {
+    if (!p.tile) return;
+    const Tile& tile = *p.tile;
+    const int first = p.row, last = static_cast<int>(smallest(first + count, tile.rows));
+    p.row = last;
+    if (last == tile.rows) p.tile = nullptr;
+    const int64_t row0 = scan_.offset(tile.s) + tile.b0;
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t u = panel * kUnits + v * kSize;
+      const int64_t u = p.panel * kUnits + v * kSize;
       with_count<kSize>(H_ - u, [&](auto n) {
         V b_hh[kGates], b_ih[kGates];
         for (int g = 0; g < kGates; ++g) {
           b_hh[g] = d_.b_hh ? load(d_.b_hh + g * H_ + u, n) : V(T(0));
           b_ih[g] = d_.b_ih ? load(d_.b_ih + g * H_ + u, n) : V(T(0));
+          // Small beside a sum: one rounding less, and one addition a row.
+          if constexpr (kOneSum) b_ih[g] = b_ih[g] + b_hh[g];
         }
-        for (int r = 0; r < rows; ++r) {
+        for (int r = first; r < last; ++r) {
           V x_side[kGates], h_side[kGates];
 #pragma GCC unroll 4
           for (int g = 0; g < kGates; ++g) {
-            h_side[g] = load(from_h + (r * kGates + g) * kUnits + v * kSize) + b_hh[g];
-            x_side[g] = in_sum ? b_ih[g] : load(gx + r * gx_row + g * gx_gate + v * kSize, n) + b_ih[g];
+            const int64_t at = r * kRow + g * kUnits + v * kSize;
+            h_side[g] = kOneSum ? load(p.from_h + at) : load(p.from_h + at) + b_hh[g];
+            x_side[g] = kOneSum ? b_ih[g] : load(p.sums + at) + b_ih[g];
           }
-          finish_unit(s, b0 + r, row0 + r, u, n, x_side, h_side, h_prev[r]);
+          finish_unit(tile.s, tile.b0 + r, row0 + r, u, n, x_side, h_side, p.h_prev[r]);
         }
       });
     }
   }
 
+  void end_step(int64_t s, Range proj_panels, const Tiles& tiles, const Member& member) {
+    if (shape_.P) {
+      member.barrier->wait(plan_.unit_groups);  // the projection reads every unit
+      each_panel(proj_panels, s, [&](int64_t panel) {
+        tiles.each(scan_.rows(s), [&](int64_t b, int rows) { projection_tile(s, panel, b, rows); });
+      });
+    }
+    member.barrier->wait(plan_.unit_groups);  // the next step reads every unit of h_t
+  }
+
   // Asks for what finish_unit reads and writes of a tile, as BackwardDirectionScan does.
   FRNN_HD void fetch_units(int64_t row0, int64_t u, int rows) const {
     for (int64_t row = row0; row < row0 + rows; ++row) {
-      if (d_.gates_x)
-        for (int g = 0; g < kGates; ++g) fetch<kVectors>(d_.gates_x + (row * kGates + g) * H_ + u);
       if (!shape_.P) fetch<kVectors>(d_.output + row * d_.output_stride + u);
       if (d_.saved)
         for (int k = 0; k < Cell::kSaved; ++k) fetch<kVectors>(d_.saved + (row * Cell::kSaved + k) * H_ + u);
@@ -179,9 +282,9 @@ class ForwardDirectionScan {
   }
 
   void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
-    const S* hidden[kMaxTileRows];
+    const S* hidden[kTileRows];
     for (int r = 0; r < rows; ++r) hidden[r] = hidden_.get() + (b0 + r) * H_;
-    alignas(64) T acc[kMaxTileRows * kProjVectors * kSize];
+    alignas(64) T acc[kTileRows * kProjVectors * kSize];
     projection_.multiply(hidden, rows, panel, acc);
     for (int v = 0; v < kProjVectors; ++v) {
       const int64_t u = (panel * kProjVectors + v) * kSize;
@@ -203,7 +306,10 @@ class ForwardDirectionScan {
   const CpuPlan& plan_;
   const int64_t H_, Hr_;
   const Scan scan_;
-  GateWeights<S, kGates, kVectors> recurrent_, input_;
+  const Input input_products_;
+  const Recurrent recurrent_products_;
+  typename Input::template Weights<kGates, kVectors> input_;
+  typename Recurrent::template Weights<kGates, kVectors> recurrent_;
   GateWeights<S, 1, kProjVectors> projection_;
   Buffer<S> hidden_;  // [B, H], h before the projection
   Buffer<S> zeros_;   // [Hr], the row that stands for an absent h0

@@ -45,6 +45,40 @@ struct Columns {
   FRNN_HD T at(int r, int64_t k) const { return first[k * kStride + r]; }
 };
 
+// A running sum of products.
+template <class T>
+struct SumOf {
+  using Type = Vec<T>;
+};
+template <class T>
+FRNN_HD void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
+  sum.v += a.v * b.v;
+}
+template <class T>
+FRNN_HD Vec<T> rounded(Vec<T> sum) {
+  return sum;
+}
+#if FRNN_VECTOR_BYTES == 16 && defined(__x86_64__)
+// Without a fused multiply-add a product is rounded before it is added, as none of torch's is: where a sum cancels, that
+// is more than twice the error. Only x86 from before 2013 has none, and runs the portable set.
+struct WideSum {
+  typedef double Native __attribute__((vector_size(2 * FRNN_VECTOR_BYTES)));
+  Native v;
+  WideSum() = default;
+  explicit FRNN_HD WideSum(float) : v{} {}
+};
+template <>
+struct SumOf<float> {
+  using Type = WideSum;
+};
+FRNN_HD void add_product(WideSum& sum, Vec<float> a, Vec<float> b) {
+  sum.v += __builtin_convertvector(a.v, WideSum::Native) * __builtin_convertvector(b.v, WideSum::Native);
+}
+FRNN_HD Vec<float> rounded(WideSum sum) {
+  return Vec<float>(__builtin_convertvector(sum.v, Vec<float>::Native));
+}
+#endif
+
 // acc[r][l] = sum over k of a.at(r, k) * weights[k * stride + l * kSize ...], or, with `add`, acc[r][l] += ...
 // Never inlined: among the caller's variables its row pointers lose their registers, and an LSTM a tenth of its speed.
 template <int kLanes, int kRows, int64_t kLongest, class T, int kAccLanes = kLanes, class Factors>
@@ -55,11 +89,12 @@ __attribute__((noinline)) void packed_product_of(const Factors& factors, int64_t
   constexpr int64_t kLength = sum_length(kRows, kLongest);
   for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kLength) {
     const int64_t k1 = k0 + kLength < K ? k0 + kLength : K;
-    V sums[kRows][kLanes];
+    using Sum = typename SumOf<T>::Type;
+    Sum sums[kRows][kLanes];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int l = 0; l < kLanes; ++l) sums[r][l] = V(T(0));
+      for (int l = 0; l < kLanes; ++l) sums[r][l] = Sum(T(0));
     const T* w = weights + k0 * stride;
     for (int64_t k = k0; k < k1; ++k, w += stride) {
       V lane[kLanes];
@@ -69,13 +104,13 @@ __attribute__((noinline)) void packed_product_of(const Factors& factors, int64_t
       for (int r = 0; r < kRows; ++r) {
         const V x(a.at(r, k));
 #pragma GCC unroll 8
-        for (int l = 0; l < kLanes; ++l) sums[r][l].v += lane[l].v * x.v;
+        for (int l = 0; l < kLanes; ++l) add_product(sums[r][l], lane[l], x);
       }
     }
     for (int r = 0; r < kRows; ++r)
       for (int l = 0; l < kLanes; ++l) {
         T* to = acc + (r * kAccLanes + l) * V::kSize;
-        store(to, k0 == 0 && !add ? sums[r][l] : load(to) + sums[r][l]);
+        store(to, k0 == 0 && !add ? rounded(sums[r][l]) : load(to) + rounded(sums[r][l]));
       }
   }
 }
@@ -108,16 +143,23 @@ void packed_product_of_columns(const T* a, int rows, int64_t K, const T* weights
   });
 }
 
+// A product that leaves the vector units idle calls for other work in its pauses.
+struct NoPause {
+  FRNN_HD void operator()() const {}
+};
+
 // How the scan multiplies rows stored as S with a packed panel. amx_product.h has tiles for bfloat16.
 template <class S>
 struct PackedProduct {
   struct Session {};  // what a thread holds while it multiplies
+  static constexpr bool kPauses = false;
+  static constexpr int64_t pauses(int /*lanes*/, int64_t /*K*/) { return 1; }
   static constexpr int kMaxTileRows = frnn::kMaxTileRows;
   static constexpr int tile_rows(int lanes) { return frnn::tile_rows(pass_lanes(lanes)); }
 
-  template <int kLanes>
+  template <int kLanes, class Pause>
   FRNN_HD static void multiply(const S* const* a, int rows, int64_t K, const S* weights, int64_t stride,
-                               Accumulate<S>* acc, bool add) {
+                               Accumulate<S>* acc, bool add, Pause&& /*pause*/) {
     packed_product<S, kLanes>(a, rows, K, weights, stride, acc, add);
   }
 };

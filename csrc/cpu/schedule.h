@@ -10,7 +10,7 @@ namespace frnn {
 inline namespace FRNN_ISA {
 
 FRNN_HD int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-FRNN_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr FRNN_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The steps of one direction in the order of its scan.
 struct Scan {
@@ -58,14 +58,16 @@ struct Tiles {
     count = smallest(divide_up(divide_up(B, most_rows), groups) * groups, B);
   }
   int64_t first(int64_t i) const { return B * i / count; }
+  // Of tile i, cut off after `rows_now` rows: perhaps none.
+  Range rows(int64_t i, int64_t rows_now) const { return {first(i), smallest(first(i + 1), rows_now)}; }
 
   // f(first row, rows) for this group's tiles, cut off after `rows_now` rows.
   template <class F>
   FRNN_HD void each(int64_t rows_now, F&& f) const {
     for (int64_t i = group; i < count; i += groups) {
-      const int64_t b0 = first(i), b1 = smallest(first(i + 1), rows_now);
-      if (b0 >= b1) return;
-      f(b0, static_cast<int>(b1 - b0));
+      const Range r = rows(i, rows_now);
+      if (r.first >= r.last) return;
+      f(r.first, static_cast<int>(r.last - r.first));
     }
   }
 };

@@ -39,16 +39,19 @@ class GateWeights {
   void pack(int64_t panel) const {
     if (!direct_) pack_rows<kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
   }
-  // acc[row][gate][unit of the panel]; `add`: to what is there.
-  void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc, bool add = false) const {
+  // acc[row][gate][unit of the panel]; `add`: to what is there. pause(): called up to pauses() times on the way.
+  template <class Pause = NoPause>
+  void multiply(const T* const* a, int rows, int64_t panel, Accumulate<T>* acc, bool add = false,
+                Pause&& pause = NoPause()) const {
     if (direct_)
       for (int r = 0; r < rows; r += kMaxTileRows)  // with tiles of AMX there are more
         direct_product<T, kGates, kVectors>(a + r, rows - r < kMaxTileRows ? rows - r : kMaxTileRows, K_,
                                             weights_, units_, panel * kUnits, acc + r * kGates * kUnits, add);
     else
       PackedProduct<T>::template multiply<kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>,
-                                                  acc, add);
+                                                  acc, add, pause);
   }
+  int64_t pauses() const { return PackedProduct<T>::pauses(kLanes, K_); }
 
  private:
   int64_t panel_size() const { return divide_up(K_, kPanelDepth<T>) * kPanelDepth<T> * kUnits * kGates; }
@@ -58,6 +61,26 @@ class GateWeights {
   int64_t units_, K_;
   bool direct_;
   Buffer<T> panels_;
+};
+
+// How a scan multiplies rows by GateWeights. An operand is what a product takes of a tile's rows; this way it is the rows
+// as they lie. amx_split.h has another.
+template <class S>
+struct PlainProducts {
+  using Session = typename PackedProduct<S>::Session;
+  template <int kGates, int kVectors>
+  using Weights = GateWeights<S, kGates, kVectors>;
+  using Operand = const S* const*;
+  using Part = S;  // of the memory that an operand needs
+  static constexpr bool kPauses = PackedProduct<S>::kPauses;
+
+  static constexpr int tile_rows(int lanes) { return PackedProduct<S>::tile_rows(lanes); }
+  template <int kGates, int kVectors>
+  static Weights<kGates, kVectors> weights(const S* weights, int64_t units, int64_t K, bool direct) {
+    return {weights, units, K, direct};
+  }
+  static int64_t operand_size(int64_t /*K*/) { return 0; }
+  static Operand operand(Part*, const S* const* rows, int /*count*/, int64_t /*K*/) { return rows; }
 };
 
 // [K, units], multiplied by rows of length K: the same matrices in the backward pass, which needs them transposed.

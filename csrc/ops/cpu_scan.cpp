@@ -2,7 +2,6 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -60,26 +59,14 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
   args.shape = s;
   args.threads = at::get_num_threads();
   const SplitKernels* split = split_kernels<S>(p);
-  const bool fuse_input = split || plan_of<S>(p, args.threads).fuse_input;
 
   if (p.cell.cell_state) t.c0.defined() ? t.cn.copy_(t.c0) : t.cn.zero_();  // c_t is updated in place
-  Tensor gates_x[2];
   for (int64_t d = 0; d < s.D; ++d) {
     const DirectionWeights& w = p.weights[d];
     ForwardDirection<S>& to = args.direction[d];
-    // ATen would round the product of bfloat16 to bfloat16: there the kernel makes it, into memory that it is given.
-    const bool multiplies = fuse_input || sizeof(S) == 2;
-    if (multiplies) {
-      to.x = stored_in<S>(t.x);
-      to.w_ih = stored_in<S>(w.w_ih);
-      to.b_ih = stored_in<S>(w.b_ih);
-    }
-    if (!fuse_input) {
-      gates_x[d] = multiplies         ? p.allocate({s.N, p.cell.gates * s.H}, p.accumulate)
-                   : w.b_ih.defined() ? at::addmm(w.b_ih, t.x, w.w_ih.t())
-                                      : at::mm(t.x, w.w_ih.t());
-      to.gates_x = output_of<T>(gates_x[d]);
-    }
+    to.x = stored_in<S>(t.x);
+    to.w_ih = stored_in<S>(w.w_ih);
+    to.b_ih = stored_in<S>(w.b_ih);
     to.reverse = d == 1;
     to.w_hh = stored_in<S>(w.w_hh);
     to.b_hh = stored_in<S>(w.b_hh);
@@ -207,9 +194,9 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-bool fuses_input(const Problem& p) {
+bool steps_input(const Problem& p) {
   const int threads = at::get_num_threads();
-  return (p.compute == at::kFloat ? plan_of<float>(p, threads) : plan_of<double>(p, threads)).fuse_input;
+  return (p.compute == at::kFloat ? plan_of<float>(p, threads) : plan_of<double>(p, threads)).steps_input;
 }
 
 void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {

@@ -48,7 +48,7 @@ void add_product(const Problem& p, Tensor& sum, const Tensor& rows, const Tensor
 Sources sources_of(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v, int64_t d) {
   const DirectionWeights &w = a.weights[d], &wv = v.weights[d];
   Sources s;
-  const bool now = !fuses_input(p);  // otherwise step by step
+  const bool now = !steps_input(p);  // otherwise step by step
   if (now && v.x.defined()) add_product(p, s.x, v.x, w.w_ih, d);
   if (now && wv.w_ih.defined()) add_product(p, s.x, a.x, wv.w_ih, d);
   // Where the two sides of a gate are simply added, so are their changes.
@@ -81,7 +81,7 @@ TangentDirection<T> tangent_direction(const Problem& p, Tensors& t, const Argume
   to.saved = at_direction<T>(p, t.saved, d);
   to.x_tangent = input_of<T>(sources.x);
   to.hh_tangent = input_of<T>(sources.hh);
-  if (fuses_input(p)) {
+  if (steps_input(p)) {
     to.x = input_of<T>(a.x);
     to.x_change = input_of<T>(v.x);
     if (v.x.defined()) to.w_ih = input_of<T>(a.weights[d].w_ih);

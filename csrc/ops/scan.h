@@ -39,7 +39,7 @@ struct Backend {
 extern const Backend kCpuBackend, kCudaBackend;
 
 // On the CPU: whether the input's products are made step by step in a scan forward.
-bool fuses_input(const Problem& p);
+bool steps_input(const Problem& p);
 
 // On the CPU: result = a^T b, as product_over_rows, or result += a^T b; in float or double.
 void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add);

@@ -66,24 +66,21 @@ using frnn::BFloat16;
 namespace {
 
 // One layer's arguments. sizes: T, B, I, H, P, D, N. weights: of each direction w_ih, w_hh, b_ih, b_hh, w_hr. c is c_0
-// and becomes c_n. fuse_input: x is multiplied step by step.
+// and becomes c_n.
 template <class S>
 struct Layer {
   frnn::CellKind kind{};
   frnn::ForwardArgs<S> args{};
-  std::vector<float> gates_x;
   Operands memory;
 
   Layer(const char* cell, const int64_t* sizes, const int64_t* batch_sizes, const int64_t* offsets,
-        const int64_t* lengths, S* x, S* h0, float* c, S* const* weights, S* output, S* hn, bool fuse_input,
-        int threads) {
+        const int64_t* lengths, S* x, S* h0, float* c, S* const* weights, S* output, S* hn, int threads) {
     for (const frnn::CellName& entry : frnn::kCellNames)
       if (!strcmp(entry.name, cell)) kind = entry.kind;
     const int64_t gates = frnn::with_cell(kind, [](auto type) -> int64_t { return decltype(type)::kGates; });
     frnn::Shape& s = args.shape;
     s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], batch_sizes, offsets, lengths};
     args.threads = threads;
-    if (!fuse_input) gates_x.resize(static_cast<size_t>(s.N * gates * s.H));
     const S* all_x = memory.guarded(x, s.N * s.I);
     const S* all_h0 = memory.guarded(h0, s.D * s.B * s.Hr());
     S* all_output = memory.guarded(output, s.N * s.D * s.Hr());
@@ -99,7 +96,6 @@ struct Layer {
       to.b_ih = memory.guarded(w[2], gates * s.H);
       to.b_hh = memory.guarded(w[3], gates * s.H);
       to.w_hr = memory.guarded(w[4], s.P * s.H);
-      if (!fuse_input) to.gates_x = memory.guarded(gates_x.data(), s.N * gates * s.H);
       to.h0 = all_h0 ? all_h0 + d * s.B * s.Hr() : nullptr;
       to.output = all_output + d * s.Hr();
       to.output_stride = s.D * s.Hr();
@@ -117,9 +113,9 @@ struct Layer {
 EXPORTED int frnn_amx_bfloat16(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
                                const int64_t* offsets, const int64_t* lengths, BFloat16* x, BFloat16* h0,
                                float* c, BFloat16* const* weights, BFloat16* output, BFloat16* hn,
-                               int threads, int fuse_input) {
+                               int threads) {
   const Layer<BFloat16> layer(cell, sizes, batch_sizes, offsets, lengths, x, h0, c, weights, output, hn,
-                              fuse_input, threads);
+                              threads);
   frnn::amx::kKernels.forward(layer.kind, layer.args);
   return frnn::EmulatedTiles::users();
 }
@@ -127,7 +123,7 @@ EXPORTED int frnn_amx_bfloat16(const char* cell, const int64_t* sizes, const int
 EXPORTED int frnn_amx_float(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
                             const int64_t* offsets, const int64_t* lengths, float* x, float* h0, float* c,
                             float* const* weights, float* output, float* hn, int threads, int parts) {
-  const Layer<float> layer(cell, sizes, batch_sizes, offsets, lengths, x, h0, c, weights, output, hn, true,
+  const Layer<float> layer(cell, sizes, batch_sizes, offsets, lengths, x, h0, c, weights, output, hn,
                            threads);
   frnn::amx_float::kKernels.forward(layer.kind, layer.args, parts);
   return frnn::EmulatedTiles::users();
