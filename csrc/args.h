@@ -50,14 +50,15 @@ struct BackwardDirection {
   const T* c0;      // [B, H] or null: zero
   const T* output;  // [N, Hr], row stride output_stride
   int64_t output_stride;
-  const T* saved;        // [N, kSaved*H]
-  const T* grad_output;  // [N, Hr], row stride grad_output_stride, or null: zero
+  const Accumulate<T>* saved;  // [N, kSaved*H]
+  const T* grad_output;        // [N, Hr], row stride grad_output_stride, or null: zero
   int64_t grad_output_stride;
   const T* grad_hn;  // [B, Hr] or null: zero
   T* dgates;         // [N, kGateGrads*H]; may be `saved` itself, of a cell where both are as large
   T* dh;             // [N, Hr], gradient of every h_t; null where not wanted, never with a projection
-  T* carry;  // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
-  T* dh0;    // [B, Hr] or null: not wanted. The GRU's carry is added into it
+  // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
+  Accumulate<T>* carry;
+  T* dh0;  // [B, Hr] or null: not wanted. The GRU's carry is added into it
 };
 
 // One direction of a layer, forward, with how it changes when its arguments do: x -> x + tangent.

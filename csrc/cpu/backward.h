@@ -8,19 +8,117 @@
 namespace frnn {
 inline namespace FRNN_ISA {
 
+// What a backward scan does with the units of a row, once the sums of its products are there. S: what the layer's tensors
+// are stored as; sums, what is saved, the carry and the cell itself are of T.
+template <class Cell, class S>
+class BackwardUnits {
+ public:
+  using T = Accumulate<S>;
+  using V = Vec<T>;
+  static constexpr int kVectors = 2, kSize = V::kSize, kUnits = kVectors * kSize;
+  // Vectors' worth of memory that so many stored numbers take.
+  static constexpr int kStored = kVectors * sizeof(S) / sizeof(T);
+
+  BackwardUnits(const Shape& shape, const BackwardDirection<S>& d)
+      : shape_(shape), d_(d), H_(shape.H), Hr_(shape.Hr()), dgates_stride_(Cell::kGateGrads * H_),
+        scan_{shape, d.reverse} {}
+
+  const S* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }
+
+  // f(row, first unit, how many, values) for the vectors of a tile's sums, acc[row][vector], of `units` units in all.
+  template <class F>
+  FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, const T* acc, F&& f) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t u = panel * kUnits + v * kSize;
+      with_count<kSize>(units - u, [&](auto n) {
+        for (int r = 0; r < rows; ++r) f(r, u, n, load(acc + (r * kVectors + v) * kSize));
+      });
+    }
+  }
+
+  // The gradient of h_t, from the product of step t + 1, from the output and from h_n.
+  template <class Count>
+  FRNN_HD void finish_state(int64_t s, int64_t b, int64_t u, Count n, V dh) const {
+    const int64_t row = scan_.offset(s) + b;
+    if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
+    if (d_.grad_hn && b >= scan_.continuing(s)) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
+    if (d_.dh) store(d_.dh + row * Hr_ + u, dh, n);
+    if (!shape_.P) finish_unit(s, b, u, n, dh);
+  }
+
+  template <class Count>
+  FRNN_HD void finish_initial_state(int64_t b, int64_t u, Count n, V dh) const {
+    // A carry that is not the cell state's belongs to h0: what reached it past the product.
+    if constexpr (Cell::kHasCarry && !Cell::kHasCellState) dh = dh + load(d_.carry + b * H_ + u, n);
+    store(d_.dh0 + b * Hr_ + u, dh, n);
+  }
+
+  // Asks for what finish_unit reads and writes of a tile: rows of N-row buffers lie too far apart for the hardware to see
+  // them coming, and the product before gives the time.
+  FRNN_HD void fetch_units(int64_t s, int64_t u, int64_t b_first, int64_t b_last) const {
+    for (int64_t b = b_first; b < b_last; ++b) {
+      const int64_t row = scan_.offset(s) + b;
+      for (int k = 0; k < Cell::kSaved; ++k) fetch<kVectors>(d_.saved + (row * Cell::kSaved + k) * H_ + u);
+      if (d_.grad_output) fetch<kStored>(d_.grad_output + row * d_.grad_output_stride + u);
+      for (int g = 0; g < Cell::kGateGrads; ++g)
+        fetch<kStored>(d_.dgates + row * dgates_stride_ + g * H_ + u);
+      if constexpr (Cell::kGradReadsOutput) fetch<kStored>(d_.output + row * d_.output_stride + u);
+      if (b >= scan_.continued(s)) continue;
+      const int64_t row_prev = scan_.offset(s - 1) + b;
+      if constexpr (Cell::kReadsPreviousHidden) fetch<kStored>(d_.output + row_prev * d_.output_stride + u);
+      if constexpr (Cell::kHasCellState)
+        fetch<kVectors>(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u);
+    }
+  }
+
+  // The cell itself, for the n units from u on of row b.
+  template <class Count>
+  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t u, Count n, V dh) const {
+    const int64_t row = scan_.offset(s) + b;
+    V saved[Cell::kSaved + 1], output(T(0)), h_prev(T(0)), c_prev(T(0)), carry(T(0)), grads[Cell::kGateGrads];
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(d_.saved + (row * Cell::kSaved + k) * H_ + u, n);
+    if constexpr (Cell::kGradReadsOutput) output = load(d_.output + row * d_.output_stride + u, n);
+    const bool continued = b < scan_.continued(s);
+    const int64_t row_prev = continued ? scan_.offset(s - 1) + b : 0;
+    if constexpr (Cell::kReadsPreviousHidden) {
+      if (continued)
+        h_prev = load(d_.output + row_prev * d_.output_stride + u, n);
+      else if (d_.h0)
+        h_prev = load(d_.h0 + b * Hr_ + u, n);
+    }
+    if constexpr (Cell::kHasCellState) {
+      if (continued)
+        c_prev = load(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u, n);
+      else if (d_.c0)
+        c_prev = load(d_.c0 + b * H_ + u, n);
+    }
+    if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
+    Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
+    if constexpr (Cell::kHasCarry) store(d_.carry + b * H_ + u, carry, n);
+    for (int g = 0; g < Cell::kGateGrads; ++g)
+      store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
+  }
+
+ private:
+  const Shape& shape_;
+  const BackwardDirection<S>& d_;
+  const int64_t H_, Hr_, dgates_stride_;
+  const Scan scan_;
+};
+
 template <class Cell, class T>
 class BackwardDirectionScan {
-  static constexpr int kVectors = 2, kSize = Vec<T>::kSize, kUnits = kVectors * kSize;
-  static constexpr int kTileRows = tile_rows(kVectors);
+  using Units = BackwardUnits<Cell, T>;
   using V = Vec<T>;
+  static constexpr int kVectors = Units::kVectors, kUnits = Units::kUnits;
+  static constexpr int kTileRows = tile_rows(kVectors);
 
  public:
   BackwardDirectionScan(const Shape& shape, const BackwardDirection<T>& d, const CpuPlan& plan)
-      : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()),
-        dgates_stride_(Cell::kGateGrads * H_), scan_{shape, d.reverse},
-        recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct || shape.T == 1),
-        projection_(d.w_hr, shape.P, H_, plan.direct), zeros_(dgates_stride_) {
-    memset(zeros_.get(), 0, dgates_stride_ * sizeof(T));
+      : shape_(shape), d_(d), plan_(plan), units_(shape, d), scan_{shape, d.reverse}, H_(shape.H),
+        Hr_(shape.Hr()), recurrent_(d.w_hh, Cell::kGates * H_, Hr_, plan.direct || shape.T == 1),
+        projection_(d.w_hr, shape.P, H_, plan.direct), zeros_(Cell::kGateGrads * H_) {
+    memset(zeros_.get(), 0, Cell::kGateGrads * H_ * sizeof(T));
   }
 
   void run(const Member& member, Barrier* everybody) {
@@ -51,32 +149,25 @@ class BackwardDirectionScan {
   }
 
  private:
-  const T* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }
-
-  // The gradient of h_t, from the output, from step t + 1 and from h_n.
   void state_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const int64_t continuing = scan_.continuing(s);
     const T* later[kMaxTileRows];
     for (int r = 0; r < rows; ++r)
-      later[r] = b0 + r < continuing ? dgates(scan_.offset(s + 1) + b0 + r) : zeros_.get();
+      later[r] = b0 + r < continuing ? units_.dgates(scan_.offset(s + 1) + b0 + r) : zeros_.get();
     alignas(64) T acc[kTileRows * kUnits];
     if (b0 < continuing)
       // By gates, with a part of the requests before each: all at once would be more than a core keeps under way.
       for (int g = 0; g < Cell::kGates; ++g) {
         if (!shape_.P)
-          fetch_units(s, panel * kUnits, b0 + rows * g / Cell::kGates, b0 + rows * (g + 1) / Cell::kGates);
+          units_.fetch_units(s, panel * kUnits, b0 + rows * g / Cell::kGates,
+                             b0 + rows * (g + 1) / Cell::kGates);
         recurrent_.multiply(later, rows, g * H_, H_, panel, acc);
         for (int r = 0; r < rows; ++r) later[r] += H_;
       }
     else
       memset(acc, 0, sizeof acc);
-    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
-      const int64_t b = b0 + r, row = scan_.offset(s) + b;
-      if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
-      if (d_.grad_hn && b >= continuing) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
-      if (d_.dh) store(d_.dh + row * Hr_ + u, dh, n);
-      if (!shape_.P) finish_unit(s, b, row, u, n, dh);
-    });
+    units_.each_vector(panel, Hr_, rows, acc,
+                       [&](int r, int64_t u, auto n, V dh) { units_.finish_state(s, b0 + r, u, n, dh); });
   }
 
   void projection_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
@@ -84,83 +175,26 @@ class BackwardDirectionScan {
     for (int r = 0; r < rows; ++r) dproj[r] = d_.dh + (scan_.offset(s) + b0 + r) * shape_.P;
     alignas(64) T acc[kTileRows * kUnits];
     projection_.multiply(dproj, rows, panel, acc);
-    each_vector(panel, H_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
-      finish_unit(s, b0 + r, scan_.offset(s) + b0 + r, u, n, dh);
-    });
+    units_.each_vector(panel, H_, rows, acc,
+                       [&](int r, int64_t u, auto n, V dh) { units_.finish_unit(s, b0 + r, u, n, dh); });
   }
 
   void initial_state_tile(int64_t panel, int64_t b0, int rows) {
     const T* first[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) first[r] = dgates(scan_.first_row(b0 + r));
+    for (int r = 0; r < rows; ++r) first[r] = units_.dgates(scan_.first_row(b0 + r));
     alignas(64) T acc[kTileRows * kUnits];
     recurrent_.multiply(first, rows, panel, acc);
-    each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
-      // A carry that is not the cell state's belongs to h0: what reached it past the product.
-      if constexpr (Cell::kHasCarry && !Cell::kHasCellState) dh = dh + load(d_.carry + (b0 + r) * H_ + u, n);
-      store(d_.dh0 + (b0 + r) * Hr_ + u, dh, n);
+    units_.each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
+      units_.finish_initial_state(b0 + r, u, n, dh);
     });
-  }
-
-  template <class F>
-  FRNN_HD void each_vector(int64_t panel, int64_t units, int rows, const T* acc, F&& f) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t u = panel * kUnits + v * kSize;
-      with_count<kSize>(units - u, [&](auto n) {
-        for (int r = 0; r < rows; ++r) f(r, u, n, load(acc + (r * kVectors + v) * kSize));
-      });
-    }
-  }
-
-  // Asks for what finish_unit reads and writes of a tile: rows of N-row buffers lie too far apart for the hardware to see
-  // them coming, and the product before gives the time.
-  FRNN_HD void fetch_units(int64_t s, int64_t u, int64_t b_first, int64_t b_last) const {
-    for (int64_t b = b_first; b < b_last; ++b) {
-      const int64_t row = scan_.offset(s) + b;
-      for (int k = 0; k < Cell::kSaved; ++k) fetch<kVectors>(d_.saved + (row * Cell::kSaved + k) * H_ + u);
-      if (d_.grad_output) fetch<kVectors>(d_.grad_output + row * d_.grad_output_stride + u);
-      for (int g = 0; g < Cell::kGateGrads; ++g)
-        fetch<kVectors>(d_.dgates + row * dgates_stride_ + g * H_ + u);
-      if constexpr (Cell::kGradReadsOutput) fetch<kVectors>(d_.output + row * d_.output_stride + u);
-      if (b >= scan_.continued(s)) continue;
-      const int64_t row_prev = scan_.offset(s - 1) + b;
-      if constexpr (Cell::kReadsPreviousHidden) fetch<kVectors>(d_.output + row_prev * d_.output_stride + u);
-      if constexpr (Cell::kHasCellState)
-        fetch<kVectors>(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u);
-    }
-  }
-
-  // The cell itself, for the n units from u on of row b.
-  template <class Count>
-  FRNN_HD void finish_unit(int64_t s, int64_t b, int64_t row, int64_t u, Count n, V dh) {
-    V saved[Cell::kSaved + 1], output(T(0)), h_prev(T(0)), c_prev(T(0)), carry(T(0)), grads[Cell::kGateGrads];
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(d_.saved + (row * Cell::kSaved + k) * H_ + u, n);
-    if constexpr (Cell::kGradReadsOutput) output = load(d_.output + row * d_.output_stride + u, n);
-    const bool continued = b < scan_.continued(s);
-    const int64_t row_prev = continued ? scan_.offset(s - 1) + b : 0;
-    if constexpr (Cell::kReadsPreviousHidden) {
-      if (continued)
-        h_prev = load(d_.output + row_prev * d_.output_stride + u, n);
-      else if (d_.h0)
-        h_prev = load(d_.h0 + b * Hr_ + u, n);
-    }
-    if constexpr (Cell::kHasCellState) {
-      if (continued)
-        c_prev = load(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u, n);
-      else if (d_.c0)
-        c_prev = load(d_.c0 + b * H_ + u, n);
-    }
-    if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
-    Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
-    if constexpr (Cell::kHasCarry) store(d_.carry + b * H_ + u, carry, n);
-    for (int g = 0; g < Cell::kGateGrads; ++g)
-      store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
   }
 
   const Shape& shape_;
   const BackwardDirection<T>& d_;
   const CpuPlan& plan_;
-  const int64_t H_, Hr_, dgates_stride_;
+  const Units units_;
   const Scan scan_;
+  const int64_t H_, Hr_;
   ColumnWeights<T, kVectors> recurrent_, projection_;
   Buffer<T> zeros_;  // [kGateGrads * H], stands for the dgates of a step that is not there
 };
