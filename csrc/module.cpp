@@ -90,14 +90,17 @@ py::dict cpu_plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int6
   shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.D = directions, shape.N = T * B;
   const frnn::InstructionSet& set = frnn::instruction_set();
   const bool narrow = dtype == "bf16" && set.bfloat16, wide = dtype == "fp64";
-  const bool pairs = narrow && !training;  // the backward scan widens
+  const auto pays = [&](const auto* kernels) { return kernels && kernels->pays(kind, shape); };
+  // `training` asks for the backward scan.
+  const bool pairs = narrow && (!training || pays(set.bfloat16_backward));
   const auto problem = pairs  ? set.bfloat16->problem
                        : wide ? set.kernels->problem_double
                               : set.kernels->problem_float;
-  // `training` asks for the backward scan, which multiplies floats as they are.
-  const bool splits = set.split && dtype != "bf16" && !wide && !training && set.split->pays(kind, shape);
-  const frnn::CpuProblem p =
-      splits ? set.split->problem(kind, shape, threads) : problem(kind, shape, threads, training);
+  const bool splits = dtype != "bf16" && !wide && (training ? pays(set.split_backward) : pays(set.split));
+  const frnn::CpuProblem p = pairs && training    ? set.bfloat16_backward->problem(kind, shape, threads)
+                             : splits && training ? set.split_backward->problem(kind, shape, threads)
+                             : splits             ? set.split->problem(kind, shape, threads)
+                                                  : problem(kind, shape, threads, training);
   const frnn::CpuPlan plan = frnn::plan_cpu(p);
   py::dict result;
   result["strategy"] = plan.direct ? "direct" : "packed";

@@ -32,6 +32,12 @@ bool tiles_multiply();
 namespace amx_float {
 extern const SplitKernels kKernels;
 }
+namespace amx_backward {
+extern const SplitBackwardKernels kKernels;
+}
+namespace amx_backward_bf16 {
+extern const Bfloat16BackwardKernels kKernels;
+}
 #endif
 
 namespace {
@@ -64,19 +70,20 @@ bool may_use_amx() {
 
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__) && defined(__linux__)
-    {"amx", &avx512::kKernels, &amx::kKernels, &amx_float::kKernels,
+    {"amx", &avx512::kKernels, &amx::kKernels, &amx_float::kKernels, &amx_backward::kKernels,
+     &amx_backward_bf16::kKernels,
      [] {
        static const bool usable = has_avx512_bf16() && may_use_amx() && amx::tiles_multiply();
        return usable;
      }},
 #endif
 #if defined(__x86_64__)
-    {"avx512_bf16", &avx512::kKernels, &avx512_bf16::kKernels, nullptr, &has_avx512_bf16},
-    {"avx512", &avx512::kKernels, nullptr, nullptr, &has_avx512},
-    {"avx2", &avx2::kKernels, nullptr, nullptr,
+    {"avx512_bf16", &avx512::kKernels, &avx512_bf16::kKernels, nullptr, nullptr, nullptr, &has_avx512_bf16},
+    {"avx512", &avx512::kKernels, nullptr, nullptr, nullptr, nullptr, &has_avx512},
+    {"avx2", &avx2::kKernels, nullptr, nullptr, nullptr, nullptr,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", &portable::kKernels, nullptr, nullptr, [] { return true; }},
+    {"portable", &portable::kKernels, nullptr, nullptr, nullptr, nullptr, [] { return true; }},
 };
 const int kInstructionSetCount = sizeof kInstructionSets / sizeof kInstructionSets[0];
 

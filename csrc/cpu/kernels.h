@@ -59,11 +59,27 @@ struct SplitKernels {
   CpuProblem (*problem)(CellKind, const Shape&, int threads);
 };
 
+// The same of backward scans, without a projection.
+struct SplitBackwardKernels {
+  bool (*pays)(CellKind, const Shape&);
+  void (*backward)(CellKind, const BackwardArgs<float>&, int parts);
+  CpuProblem (*problem)(CellKind, const Shape&, int threads);
+};
+
+// Backward scans of layers in bfloat16, whose operands are multiplied as they are stored; without a projection.
+struct Bfloat16BackwardKernels {
+  bool (*pays)(CellKind, const Shape&);
+  void (*backward)(CellKind, const BackwardArgs<BFloat16>&);
+  CpuProblem (*problem)(CellKind, const Shape&, int threads);
+};
+
 struct InstructionSet {
   const char* name;
   const CpuKernels* kernels;
   const Bfloat16Kernels* bfloat16;  // null: bfloat16 is widened to float
   const SplitKernels* split;        // null: float is multiplied as it is
+  const SplitBackwardKernels* split_backward;
+  const Bfloat16BackwardKernels* bfloat16_backward;  // null: the scan is of float
   bool (*supported)();
 };
 

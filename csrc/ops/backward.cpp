@@ -86,7 +86,7 @@ BackwardTensors tensors_of(const Problem& p, const OptTensor& grad_output, const
   t.h0 = p.state(h0, s.Hr(), "h0");
   t.c0 = p.state(c0, s.H, "c0");
   t.output = p.operand(as_rows(p, output), {s.N, s.D * s.Hr()}, "output");
-  t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved");
+  t.saved = p.operand(saved, {s.D, s.N, p.cell.saved * s.H}, "saved", p.kept);
   t.grad_output = p.operand(as_rows(p, grad_output), {s.N, s.D * s.Hr()}, "grad_output");
   t.grad_hn = p.state(grad_hn, s.Hr(), "grad_hn");
   return t;
@@ -126,7 +126,7 @@ Backward backward(const Problem& p, const OptTensor& grad_output, const OptTenso
     TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
   }
   // The gradients of the gates take the place of the gates: half of what this pass would hold otherwise.
-  if (wanted(kSavedIsSpent) && p.device.is_cpu() && p.cell.saved == p.cell.gate_grads)
+  if (wanted(kSavedIsSpent) && p.device.is_cpu() && p.cell.saved == p.cell.gate_grads && p.kept == p.compute)
     t.dgates = t.saved.unbind(0);
   const bool wants_dh = wanted(kStateGradients);
   scan(p, t, grad_cn, wants_dh);
@@ -190,7 +190,7 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
-                  Stage::backward);
+                  Wanted{needs}(kStateGradients) ? Stage::derivable : Stage::backward);
   auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return std::tuple_cat(as_tuple(g, std::make_index_sequence<kGradients>()), std::make_tuple(dh));
@@ -209,7 +209,7 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
-                  Stage::backward);
+                  Stage::derivable);
   const Shape& s = p.shape;
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
   t.wants_dh0 = t.wants_previous = true;

@@ -86,6 +86,18 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
     instruction_set().kernels->forward(p.cell.kind, args);
 }
 
+void run_backward(CellKind kind, const BackwardArgs<float>& args) {
+  const SplitBackwardKernels* split = instruction_set().split_backward;
+  if (split && split->pays(kind, args.shape)) return split->backward(kind, args, parts_of_float());
+  instruction_set().kernels->backward(kind, args);
+}
+void run_backward(CellKind kind, const BackwardArgs<double>& args) {
+  instruction_set().kernels->backward(kind, args);
+}
+void run_backward(CellKind kind, const BackwardArgs<BFloat16>& args) {
+  instruction_set().bfloat16_backward->backward(kind, args);
+}
+
 template <class T>
 void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0, bool reverse, T* to) {
   const int64_t Hr = s.Hr();
@@ -100,41 +112,45 @@ void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0,
         else if (h0)
           std::copy_n(h0 + b * Hr, Hr, row);
         else
-          std::fill_n(row, Hr, T(0));
+          std::fill_n(row, Hr, T{});
       }
     }
   });
 }
 
-template <class T>
+template <class S>
 void backward(const Problem& p, BackwardTensors& t) {
+  using T = Accumulate<S>;
   const Shape& s = p.shape;
   if (t.wants_dh0) t.dh0 = p.allocate_state(s.Hr());
-  BackwardArgs<T> args{};
+  BackwardArgs<S> args{};
   args.shape = s;
   args.threads = at::get_num_threads();
   const auto at_direction = [&s](const Tensor& tensor, int64_t d) {
+    return tensor.defined() ? stored_out<S>(tensor) + d * tensor.numel() / s.D : nullptr;
+  };
+  const auto sums_at_direction = [&s](const Tensor& tensor, int64_t d) {
     return tensor.defined() ? output_of<T>(tensor) + d * tensor.numel() / s.D : nullptr;
   };
   for (int64_t d = 0; d < s.D; ++d) {
-    BackwardDirection<T>& to = args.direction[d];
+    BackwardDirection<S>& to = args.direction[d];
     to.reverse = d == 1;
-    to.w_hh = input_of<T>(p.weights[d].w_hh);
-    to.w_hr = input_of<T>(p.weights[d].w_hr);
+    to.w_hh = stored_in<S>(p.weights[d].w_hh);
+    to.w_hr = stored_in<S>(p.weights[d].w_hr);
     to.h0 = at_direction(t.h0, d);
     to.c0 = at_direction(t.c0, d);
-    to.output = input_of<T>(t.output) + d * s.Hr();
+    to.output = stored_in<S>(t.output) + d * s.Hr();
     to.output_stride = s.D * s.Hr();
-    to.saved = at_direction(t.saved, d);
-    if (t.grad_output.defined()) to.grad_output = input_of<T>(t.grad_output) + d * s.Hr();
+    to.saved = sums_at_direction(t.saved, d);
+    if (t.grad_output.defined()) to.grad_output = stored_in<S>(t.grad_output) + d * s.Hr();
     to.grad_output_stride = s.D * s.Hr();
     to.grad_hn = at_direction(t.grad_hn, d);
-    to.dgates = output_of<T>(t.dgates[d]);
-    to.dh = output_of<T>(t.dh[d]);
-    to.carry = at_direction(t.carry, d);
+    to.dgates = stored_out<S>(t.dgates[d]);
+    to.dh = stored_out<S>(t.dh[d]);
+    to.carry = sums_at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
   }
-  instruction_set().kernels->backward(p.cell.kind, args);
+  run_backward(p.cell.kind, args);
   for (int64_t d = 0; d < s.D && t.wants_previous; ++d)
     t.previous.push_back(previous_hidden(p, t.output, t.h0, d));
 }
@@ -185,7 +201,7 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   const bool add = sum.defined();
   if (a.scalar_type() == at::kBFloat16) {
     const Tensor product = at::mm(a, b);
-    sum = add ? sum.add_(product) : product.to(at::kFloat);  // of two directions: rounded once
+    sum = add ? sum.to(at::kFloat).add_(product) : product;  // of two directions: rounded once
     return;
   }
   if (!add) sum = at::detail::empty_cpu({a.size(0), b.size(1)}, a.scalar_type(), false, std::nullopt);
@@ -221,17 +237,22 @@ Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0,
   Tensor result = p.allocate({s.N, Hr});
   const auto copy = [&](auto type) {
     using T = decltype(type);
-    const T* initial = h0.defined() ? input_of<T>(h0) + d * s.B * Hr : nullptr;
-    copy_previous<T>(s, input_of<T>(output) + d * Hr, s.D * Hr, initial, d == 1, output_of<T>(result));
+    const T* initial = h0.defined() ? stored_in<T>(h0) + d * s.B * Hr : nullptr;
+    copy_previous<T>(s, stored_in<T>(output) + d * Hr, s.D * Hr, initial, d == 1, stored_out<T>(result));
   };
-  p.compute == at::kFloat ? copy(float{}) : copy(double{});
+  if (p.compute == at::kBFloat16)
+    copy(BFloat16{});
+  else
+    p.compute == at::kFloat ? copy(float{}) : copy(double{});
   return result;
 }
 
 const Backend kCpuBackend{
-    [](at::ScalarType dtype, Stage stage) {
-      return dtype == at::kFloat || dtype == at::kDouble ||
-             (dtype == at::kBFloat16 && stage == Stage::forward && instruction_set().bfloat16);
+    [](const Problem& p, Stage stage) {
+      if (p.dtype != at::kBFloat16) return p.dtype == at::kFloat || p.dtype == at::kDouble;
+      if (stage == Stage::forward) return instruction_set().bfloat16 != nullptr;
+      const Bfloat16BackwardKernels* backward = instruction_set().bfloat16_backward;
+      return stage == Stage::backward && backward && backward->pays(p.cell.kind, p.shape);
     },
     [](at::ScalarType dtype) {
       return dtype != at::kHalf && (dtype != at::kBFloat16 || instruction_set().bfloat16);
@@ -242,6 +263,7 @@ const Backend kCpuBackend{
       p.compute == at::kFloat ? forward<float>(p, save, t) : forward<double>(p, save, t);
     },
     [](const Problem& p, BackwardTensors& t) {
+      if (p.compute == at::kBFloat16) return backward<BFloat16>(p, t);
       p.compute == at::kFloat ? backward<float>(p, t) : backward<double>(p, t);
     },
     &product_over_rows,

@@ -223,7 +223,7 @@ Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const O
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
-                  Stage::backward);
+                  Stage::derivable);
   const Shape& s = p.shape;
   const int64_t GH = p.cell.gates * s.H;
   const auto arguments = [&](const OptTensor& x, const OptTensor& h, const OptTensor& c) {

@@ -81,7 +81,6 @@ Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> g
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
               "fused_rnn: unsupported dtype ", dtype);
   accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  compute = backend.computes_in(dtype, stage) ? dtype : accumulate;
   kept = backend.keeps_wide ? accumulate : dtype;
 
   const DirectionWeights& first = weights[0];
@@ -98,6 +97,7 @@ Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> g
   shape.batch_sizes = steps.batch_sizes.data();
   shape.offsets = steps.offsets.data();
   shape.lengths = steps.lengths.data();
+  compute = backend.computes_in(*this, stage) ? dtype : accumulate;
 
   const int64_t rows = cell.gates * shape.H;
   for (DirectionWeights& w : weights) {
@@ -114,18 +114,19 @@ Problem::Problem(CellTraits cell_, Steps steps_, std::vector<DirectionWeights> g
   }
 }
 
-Tensor Problem::operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const {
+Tensor Problem::operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name,
+                        at::ScalarType type) const {
   if (!tensor.has_value() || !tensor->defined()) return {};
   TORCH_CHECK(tensor->sizes() == sizes, "fused_rnn: expected ", name, " of size ", sizes, ", got ",
               tensor->sizes());
   TORCH_CHECK(tensor->device() == device, "fused_rnn: expected ", name, " on ", device, ", got ",
               tensor->device());
-  TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == compute, "fused_rnn: expected ",
-              name, " of dtype ", dtype, ", got ", tensor->scalar_type());
+  TORCH_CHECK(tensor->scalar_type() == dtype || tensor->scalar_type() == type, "fused_rnn: expected ", name,
+              " of dtype ", dtype, ", got ", tensor->scalar_type());
   // `to` and `contiguous` cost a dispatch each even where they have nothing to do, a tenth of a small cell's call.
-  const bool converted = tensor->scalar_type() == compute;
+  const bool converted = tensor->scalar_type() == type;
   if (converted && tensor->is_contiguous()) return *tensor;
-  return (converted ? *tensor : tensor->to(compute)).contiguous();
+  return (converted ? *tensor : tensor->to(type)).contiguous();
 }
 
 Tensor Problem::state(const OptTensor& tensor, int64_t size, const char* name) const {

@@ -41,7 +41,8 @@ Steps one_step(const Tensor& rows);  // of a cell, [B, ...]
 
 struct Backend;
 
-enum class Stage { forward, backward };  // a second derivative is of the backward pass
+// `derivable`: a backward pass that a second derivative or another sum follows, or that derivative.
+enum class Stage { forward, backward, derivable };
 
 struct Problem {
   const Backend& backend;
@@ -65,7 +66,10 @@ struct Problem {
   int64_t D() const { return static_cast<int64_t>(weights.size()); }
   bool empty() const { return steps.N == 0 || shape.H == 0; }
   // A tensor of the call in the computation's dtype, contiguous and of this shape, or undefined if absent.
-  Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const;
+  Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name) const {
+    return operand(tensor, sizes, name, compute);
+  }
+  Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name, at::ScalarType type) const;
   Tensor state(const OptTensor& tensor, int64_t size,
                const char* name) const;  // likewise, a hidden or cell state
   Tensor allocate(at::IntArrayRef sizes) const { return allocate(sizes, compute); }

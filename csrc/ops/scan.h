@@ -24,8 +24,8 @@ struct BackwardTensors {
 };
 
 struct Backend {
-  // Whether kernels read and write this dtype; otherwise that of sums.
-  bool (*computes_in)(at::ScalarType dtype, Stage stage);
+  // Whether kernels read and write the dtype of the call, of these sizes; otherwise that of sums.
+  bool (*computes_in)(const Problem& p, Stage stage);
   // Whether products around the backward scan take operands of this dtype, though the scan itself may not.
   bool (*multiplies)(at::ScalarType dtype);
   bool keeps_wide;  // saves for the backward pass in the dtype of sums

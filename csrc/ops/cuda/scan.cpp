@@ -123,7 +123,7 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 }  // namespace
 
 const Backend kCudaBackend{
-    [](at::ScalarType, Stage) { return true; },
+    [](const Problem&, Stage) { return true; },
     [](at::ScalarType) { return true; },
     /*keeps_wide=*/false,
     [](const Problem& p, bool save, ForwardTensors& t) {

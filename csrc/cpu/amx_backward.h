@@ -1,0 +1,338 @@
+// The backward scan of backward.h on AMX: of float in parts (amx_split.h), or of bfloat16 as it is stored. Without a
+// projection.
+#pragma once
+
+#include "amx_columns.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace frnn {
+inline namespace FRNN_ISA {
+
+// The upper halves of 32 floats, in order.
+FRNN_HD __m512i upper_halves(__m512i low, __m512i high) {
+  alignas(64) static constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(low, _mm512_load_si512(kOdd), high);
+}
+
+// Row r of up to 32, all K numbers of it, into tiles [k / 32][part][32 rows][32]; `to` is where the row begins there.
+// Parts are rounded to nearest, all but the third, which is exact.
+template <int kParts>
+FRNN_HD void lay_row(const float* a, int64_t K, float scale, BFloat16* to) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const __m512 factor = _mm512_set1_ps(scale);
+  const auto lay = [&](__m512 low, __m512 high) {
+    low *= factor, high *= factor;
+#pragma GCC unroll 3
+    for (int p = 0; p < kParts; ++p, to += 2 * kAmxTile) {
+      __m512i first = (__m512i)low, second = (__m512i)high;
+      if (p < 2) first = _mm512_add_epi32(first, half), second = _mm512_add_epi32(second, half);
+      _mm512_store_si512(to, upper_halves(first, second));
+      low -= (__m512)_mm512_and_si512(first, upper);
+      high -= (__m512)_mm512_and_si512(second, upper);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kAmxDepth <= K; k += kAmxDepth) lay(_mm512_loadu_ps(a + k), _mm512_loadu_ps(a + k + 16));
+  if (k < K) lay(first_floats(a + k, K - k), first_floats(a + k + 16, K - k - 16));
+}
+template <int kParts>
+FRNN_HD void lay_row(const BFloat16* a, int64_t K, float, BFloat16* to) {
+  for (int64_t k = 0; k < K; k += kAmxDepth, to += 2 * kAmxTile)
+    _mm512_store_si512(to, K - k >= kAmxDepth ? _mm512_loadu_si512(a + k)
+                                              : _mm512_maskz_loadu_epi16((1u << (K - k)) - 1, a + k));
+}
+
+// The power of two that brings the largest number of a row near one: gradients fade from step to step, and tiles take
+// denormal parts as zero. False where Inf or NaN is among them, which have no parts.
+FRNN_HD bool scale_of(const float* a, int64_t count, float* scale, float* inverse) {
+  __m512i largest = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t k = 0; k < count; k += 16)
+    largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)first_floats(a + k, count - k), magnitude));
+  constexpr uint32_t kBias = 127, kInf = 255;
+  const uint32_t exponent = _mm512_reduce_max_epu32(largest) >> 23;
+  if (exponent == kInf) return false;
+  // Neither is zero or denormal. A row of zeros takes any.
+  const uint32_t up = exponent > 2 * kBias - 1 ? 1 : exponent < 1 ? 2 * kBias - 1 : 2 * kBias - exponent;
+  const uint32_t bits[] = {up << 23, (2 * kBias - up) << 23};
+  memcpy(scale, &bits[0], sizeof *scale);
+  memcpy(inverse, &bits[1], sizeof *inverse);
+  return true;
+}
+
+// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights, of two vectors of units. Without kTwo there are 16 rows at most.
+// a: [k / 32][part][32 rows][32], w: [k / 32][part][vector][16 pairs][16][2].
+template <int kParts, bool kTwo>
+struct TileBlock {
+  const BFloat16 *a, *w;
+
+  FRNN_HD void rows(int part) const {
+    load_tile<4>(a + part * 2 * kAmxTile, 64);
+    if constexpr (kTwo) load_tile<5>(a + (part * 2 + 1) * kAmxTile, 64);
+  }
+  FRNN_HD void weights(int part) const {
+    load_tile<6>(w + part * 2 * kAmxTile, 64);
+    load_tile<7>(w + (part * 2 + 1) * kAmxTile, 64);
+  }
+  FRNN_HD void multiply() const {
+    add_tile_product<0, 4, 6>();
+    add_tile_product<1, 4, 7>();
+    if constexpr (kTwo) add_tile_product<2, 5, 6>();
+    if constexpr (kTwo) add_tile_product<3, 5, 7>();
+  }
+  // From one product of parts to the next, one side stays: loads are the fewest there can be.
+  FRNN_HD void multiply_parts() const {
+    if constexpr (kParts == 3) rows(0), weights(2), multiply();
+    if constexpr (kParts == 2) rows(0);
+    if constexpr (kParts > 1) weights(1), multiply(), rows(1);
+    if constexpr (kParts == 3) multiply();
+    if constexpr (kParts == 1) rows(0);
+    weights(0), multiply();
+    if constexpr (kParts == 3) rows(2), multiply();
+    if constexpr (kParts > 1) rows(0), multiply();
+  }
+};
+
+// acc[row][2 vectors], or, with `add`, added to it.
+template <int kParts, bool kTwo>
+void tile_product(const BFloat16* a, const BFloat16* w, int64_t blocks, float* acc, bool add) {
+  constexpr int64_t kStride = 2 * 64, kLower = kAmxRows * 2 * 16;
+  // Of float, sums of parts of k are added up apart: one running sum over all of it would lose accuracy.
+  constexpr bool kRunning = kParts == 1;
+  alignas(64) float apart[kRunning ? 1 : 2 * kLower];
+  float* const to = kRunning || !add ? acc : apart;
+  begin_sums<0>(acc, kStride, kRunning && add);
+  begin_sums<1>(acc + 16, kStride, kRunning && add);
+  if constexpr (kTwo) begin_sums<2>(acc + kLower, kStride, kRunning && add);
+  if constexpr (kTwo) begin_sums<3>(acc + kLower + 16, kStride, kRunning && add);
+  for (int64_t k = 0; k < blocks; ++k)
+    TileBlock<kParts, kTwo>{a + k * kParts * 2 * kAmxTile, w + k * kParts * 2 * kAmxTile}.multiply_parts();
+  store_tile<0>(to, kStride);
+  store_tile<1>(to + 16, kStride);
+  if constexpr (kTwo) store_tile<2>(to + kLower, kStride);
+  if constexpr (kTwo) store_tile<3>(to + kLower + 16, kStride);
+  if (to != acc)
+    for (int i = 0; i < (kTwo ? 2 : 1) * kLower; i += 16) store(acc + i, load(acc + i) + load(to + i));
+}
+
+// The recurrent weights [kGates * H, Hr] in panels of 32 columns, the K of every gate filled up to whole tiles:
+// [gate][k / 32][part][vector][16 pairs][16][2].
+template <class S, int kGates, int kParts>
+class TileColumns {
+ public:
+  static constexpr int kUnits = 32;
+
+  TileColumns(const S* weights, int64_t H, int64_t Hr)
+      : weights_(weights), H_(H), Hr_(Hr), panels_(panels() * panel_size()), splits_(panels()) {}
+
+  int64_t panels() const { return divide_up(Hr_, kUnits); }
+  int64_t blocks_of_gate() const { return divide_up(H_, kAmxDepth); }
+  static int64_t block_size() { return kParts * 2 * kAmxTile; }
+
+  void pack(int64_t panel) const {
+    bool splits = true;
+    for (int g = 0; g < kGates; ++g) {
+      const S* from = weights_ + g * H_ * Hr_ + panel * kUnits;
+      BFloat16* to = packed(panel) + g * blocks_of_gate() * block_size();
+      if constexpr (kParts > 1)
+        splits &= split_columns<2>(from, Hr_, H_, Hr_ - panel * kUnits, kParts, 1.0f, to).splits();
+      else
+        pair_columns<2>(from, Hr_, H_, Hr_ - panel * kUnits, to);
+    }
+    splits_.get()[panel] = splits;
+  }
+  BFloat16* packed(int64_t panel) const { return panels_.get() + panel * panel_size(); }
+  bool splits(int64_t panel) const { return splits_.get()[panel]; }
+
+ private:
+  int64_t panel_size() const { return kGates * blocks_of_gate() * block_size(); }
+
+  const S* weights_;
+  int64_t H_, Hr_;
+  Buffer<BFloat16> panels_;
+  Buffer<bool> splits_;  // of a panel
+};
+
+template <class Cell, class S, int kParts>
+class TileBackwardScan {
+  using Units = BackwardUnits<Cell, S>;
+  using V = Vec<float>;
+  static constexpr int kGates = Cell::kGates, kVectors = Units::kVectors, kUnits = Units::kUnits;
+  static constexpr int kTileRows = 2 * kAmxRows;
+  static constexpr bool kSplit = kParts > 1;
+  static_assert(kUnits == 32, "two tiles of units");
+
+  // Blocks of k that are summed up together, and the panels that take them in turn. Measured on two cores of a Sapphire
+  // Rapids: products of parts wait little for L2, those of bfloat16 as it is do: rows and weights of 16 KB stay in L1.
+  static constexpr int kDepthBlocks = kSplit ? 16 : 8, kPanels = kSplit ? 1 : 4;
+  // Rows that pass a panel's weights together, as long as what they hold stays in L2 beside those.
+  static constexpr int kMostTiles = 4;
+  static constexpr int64_t kMostBytes = 512 << 10;
+
+  struct Tile {
+    int64_t b0;
+    int rows, summed;  // the first so many have a product
+    bool splits;
+    const S* a[kTileRows];
+    BFloat16* parts;  // [k / 32][part][32 rows][32]
+    float inverse[kTileRows];
+  };
+
+ public:
+  TileBackwardScan(const Shape& shape, const BackwardDirection<S>& d, const CpuPlan& plan)
+      : shape_(shape), d_(d), plan_(plan), units_(shape, d), scan_{shape, d.reverse}, H_(shape.H),
+        weights_(d.w_hh, H_, H_), plain_(plain_weights(d), kGates * H_, H_, true) {}
+
+  void run(const Member& member, Barrier* everybody) {
+    const AmxSession session;
+    const Range panels = share_of(weights_.panels(), member.unit_group, plan_.unit_groups);
+    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    pack_share(weights_, panels, member, plan_);
+    if constexpr (kSplit) pack_share(plain_, panels, member, plan_);
+    if (plan_.row_groups > 1) everybody->wait(plan_.threads());
+
+    const int64_t size = blocks() * weights_.block_size();
+    const int most = static_cast<int>(smallest(1 + kMostBytes / 2 / size, kMostTiles));
+    const Buffer<BFloat16> parts(most * size);
+    const Buffer<float> sums((panels.last - panels.first) * most * kTileRows * kUnits);
+    Tile block[kMostTiles];
+    for (int i = 0; i < most; ++i) block[i].parts = parts.get() + i * size;
+
+    for (int64_t s = shape_.T - 1; s >= 0; --s) {
+      int count = 0;
+      const auto finish_block = [&] {
+        finish_tiles<true>(panels, s, block, count, sums.get());
+        count = 0;
+      };
+      tiles.each(scan_.rows(s), [&](int64_t b0, int rows) {
+        Tile& tile = block[count++];
+        const auto later = static_cast<int>(scan_.continuing(s) - b0);
+        tile.b0 = b0, tile.rows = rows, tile.summed = later < 0 ? 0 : later < rows ? later : rows;
+        for (int r = 0; r < tile.summed; ++r) tile.a[r] = units_.dgates(scan_.offset(s + 1) + b0 + r);
+        lay_rows(tile);
+        if (count == most) finish_block();
+      });
+      if (count > 0) finish_block();
+      member.barrier->wait(plan_.unit_groups);  // step s - 1 reads the dgates of every unit
+    }
+    if (d_.dh0)
+      tiles.each(shape_.B, [&](int64_t b0, int rows) {
+        Tile& tile = block[0];
+        tile.b0 = b0, tile.rows = tile.summed = rows;
+        for (int r = 0; r < rows; ++r) tile.a[r] = units_.dgates(scan_.first_row(b0 + r));
+        lay_rows(tile);
+        finish_tiles<false>(panels, -1, block, 1, sums.get());
+      });
+  }
+
+ private:
+  static const float* plain_weights([[maybe_unused]] const BackwardDirection<S>& d) {
+    if constexpr (kSplit)
+      return d.w_hh;
+    else
+      return nullptr;
+  }
+  int64_t blocks() const { return kGates * weights_.blocks_of_gate(); }
+
+  // Each member lays out all of its rows: with few members that is less than another barrier.
+  void lay_rows(Tile& tile) const {
+    tile.splits = true;
+    for (int r = 0; r < tile.summed; ++r) {
+      float scale = 1;
+      if constexpr (kSplit)
+        if (!scale_of(tile.a[r], kGates * H_, &scale, &tile.inverse[r])) tile.splits = false;
+      for (int g = 0; g < kGates; ++g)
+        lay_row<kParts>(tile.a[r] + g * H_, H_, scale,
+                        tile.parts + g * weights_.blocks_of_gate() * weights_.block_size() + r * kAmxDepth);
+    }
+  }
+
+  // All these panels of step s, or, unless kStep, of the state before the first. sums: [panel][tile][row][unit].
+  template <bool kStep>
+  void finish_tiles(Range panels, int64_t s, const Tile* tiles, int count, float* sums) const {
+    const Range groups{0, divide_up(panels.last - panels.first, kPanels)};
+    const auto sums_of = [&](int64_t panel, int i) {
+      return sums + ((panel - panels.first) * count + i) * kTileRows * kUnits;
+    };
+    each_panel(groups, s, [&](int64_t group) {
+      const int64_t first = panels.first + group * kPanels, last = smallest(first + kPanels, panels.last);
+      for (int64_t k = 0; k < blocks(); k += kDepthBlocks)
+        for (int64_t panel = first; panel < last; ++panel)
+          for (int i = 0; i < count; ++i)
+            if (has_tile_product(tiles[i], panel)) multiply(tiles[i], panel, k, sums_of(panel, i));
+    });
+    // Row after row, not panel after panel: as it lies in memory, which the hardware sees coming.
+    for (int i = 0; i < count; ++i) {
+      if constexpr (kSplit)
+        multiply_plain(panels, tiles[i], [&](int64_t panel) { return sums_of(panel, i); });
+      for (int r = 0; r < tiles[i].rows; ++r)
+        for (int64_t panel = panels.first; panel < panels.last; ++panel)
+          finish_row<kStep>(tiles[i], s, panel, r, sums_of(panel, i) + r * kUnits);
+    }
+  }
+
+  bool has_tile_product(const Tile& tile, int64_t panel) const {
+    return tile.summed > 0 && tile.splits && weights_.splits(panel);
+  }
+
+  void multiply(const Tile& tile, int64_t panel, int64_t k, float* acc) const {
+    const BFloat16 *a = tile.parts + k * weights_.block_size(),
+                   *w = weights_.packed(panel) + k * weights_.block_size();
+    const int64_t depth = smallest(blocks() - k, kDepthBlocks);
+    AmxShapes::use(tile.summed);
+    if (tile.summed > kAmxRows)
+      tile_product<kParts, true>(a, w, depth, acc, k > 0);
+    else
+      tile_product<kParts, false>(a, w, depth, acc, k > 0);
+  }
+
+  template <class SumsOf>
+  void multiply_plain(Range panels, const Tile& tile, SumsOf&& sums_of) const {
+    constexpr int kRows = tile_rows(kVectors);
+    for (int64_t panel = panels.first; panel < panels.last; ++panel)
+      if (!has_tile_product(tile, panel))
+        for (int r = 0; r < tile.summed; r += kRows)
+          plain_.multiply(tile.a + r, static_cast<int>(smallest(tile.summed - r, kRows)), panel,
+                          sums_of(panel) + r * kUnits);
+  }
+
+  template <bool kStep>
+  FRNN_HD void finish_row(const Tile& tile, int64_t s, int64_t panel, int r, float* acc) const {
+    const bool summed = r < tile.summed;
+    if (!summed) memset(acc, 0, kUnits * sizeof *acc);
+    const V inverse(kSplit && summed && has_tile_product(tile, panel) ? tile.inverse[r] : 1.0f);
+    units_.each_vector(panel, H_, 1, acc, [&](int, int64_t u, auto n, V dh) {
+      if constexpr (kSplit) dh = dh * inverse;
+      if constexpr (kStep)
+        units_.finish_state(s, tile.b0 + r, u, n, dh);
+      else
+        units_.finish_initial_state(tile.b0 + r, u, n, dh);
+    });
+  }
+
+  const Shape& shape_;
+  const BackwardDirection<S>& d_;
+  const CpuPlan& plan_;
+  const Units units_;
+  const Scan scan_;
+  const int64_t H_;
+  const TileColumns<S, kGates, kParts> weights_;
+  const ColumnWeights<float, kVectors> plain_;  // for numbers that have no parts
+};
+
+// Of the scan above.
+template <int kParts>
+CpuProblem tile_backward_problem(CellKind kind, const Shape& shape, int threads) {
+  CpuProblem p = with_cell(
+      kind, [&](auto cell) { return problem_of<float>(shape, decltype(cell)::kGates, 2, threads); });
+  p.I = 0;
+  p.tile_rows = 2 * kAmxRows;
+  p.itemsize = kParts * sizeof(BFloat16);
+  return p;
+}
+
+}  // namespace FRNN_ISA
+}  // namespace frnn
