@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, packed, scripting
+from . import functional, ops, packed, scripting
 from .functional import States
 
 _PROJ_ONLY_LSTM = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+#: The methods of torch's interface that check the arguments of a call.
+_CHECKS = (
+    "check_input",
+    "check_hidden_size",
+    "check_forward_args",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
 
 
 class _Recurrent(nn.RNNBase):
@@ -26,6 +36,14 @@ class _Recurrent(nn.RNNBase):
     #: Whether the backward pass computes the gates once more in place of keeping them. May be set at any time. Of the
     #: class, so that an instance without has the attributes of torch.nn's and no more, wherever it comes from.
     recompute: bool = False
+
+    #: Whether the checks of the arguments are those that a call at once may skip, not a subclass's own.
+    _checks_are_known: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        cls._checks_are_known = all(getattr(cls, name, None) is getattr(ours, name, None) for name in _CHECKS)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -97,7 +115,11 @@ class _Recurrent(nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as ``torch.nn`` does, for wrong ranks, sizes and dtypes.
         """
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
+            if self._checks_are_known:
+                found = ops.layer_at_once(self, input, hx)
+                if found is not None:
+                    return found
             self._update_flat_weights()  # in a graph that would be a side effect; _weights does without
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -120,7 +142,7 @@ class _Recurrent(nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         states = None if hx is None else self._states(hx, batched=True)
-        if states is not None and torch.compiler.is_compiling():
+        if states is not None and is_compiling():
             self._check_packed_in_graph(input, states)
         else:
             self._check(input.data, states, input.batch_sizes)
@@ -130,7 +152,7 @@ class _Recurrent(nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         """All weights, in the order of torch's flat list."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return [getattr(self, name) for name in self._flat_weights_names]
         return self._flat_weights
 

@@ -32,9 +32,11 @@ cell_forward = _ops.cell_forward.default
 cell_backward = _ops.cell_backward.default
 
 #: (cell, parameters by name, input, hx) -> h or (h, c): what `cell_forward` gives, past the dispatcher, in a tenth of
-#: its time. None where anything has a say on that way (autograd, autocast, a transform, a mode, a subclass, ...) or
-#: the input is not as it should be: csrc/ops/cell_call.cpp. Not for a graph: Dynamo cannot see it.
+#: its time, with gradients if they are wanted. None where anything else has a say on that way (autocast, a transform,
+#: a mode, a subclass, ...) or the input is not as it should be: csrc/ops/cell_call.cpp. Not for a graph: Dynamo cannot see it.
 cell_at_once = _C.cell_at_once
+#: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise, but None where gradients are wanted.
+layer_at_once = _C.layer_at_once
 
 # What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs
 # or is lowered. So Dynamo need not read our autograd Functions (it refuses a tensor passed in two places), and an

@@ -139,11 +139,11 @@ def unfair_schedules() -> Iterator[None]:
 @contextlib.contextmanager
 def in_place_of_the_cpu() -> Iterator[None]:
     """Everything that calls the operators, down from the modules, computes on the emulated GPU."""
-    ours = {name: getattr(ops, name) for name in (*OPERATORS, "cell_at_once")}
+    ours = {name: getattr(ops, name) for name in (*OPERATORS, "cell_at_once", "layer_at_once")}
     with guarded_tensors():
         for name in OPERATORS:
             setattr(ops, name, on_device(getattr(load().operators, name)))
-        ops.cell_at_once = lambda *_: None  # which knows the CPU's kernels alone
+        ops.cell_at_once = ops.layer_at_once = lambda *_: None  # which know the CPU's kernels alone
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import autograd, ops
 
 CELLS = {"lstm": fused_rnn.LSTMCell, "gru": fused_rnn.GRUCell, "rnn_tanh": fused_rnn.RNNCell}
 
@@ -98,7 +98,6 @@ class _Functions(TorchFunctionMode):
 
 
 CONTEXTS: dict[str, Callable] = {
-    "grad": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu"),
     "dispatch mode": _Seen,
     "function mode": _Functions,
@@ -122,8 +121,117 @@ def test_declines_where_something_listens(cell: str, name: str) -> None:
 def test_takes_a_frozen_cell_with_grad_enabled() -> None:
     module, x, hx = made("gru")
     module.requires_grad_(False)
-    assert short("gru", module, x, hx) is not None
-    assert short("gru", module, x.requires_grad_(), hx) is None
+    assert not short("gru", module, x, hx).requires_grad
+    assert short("gru", module, x.requires_grad_(), hx).requires_grad
+
+
+# Of autograd: a Function in C++ in place of fused_rnn/autograd.py's, with the same results.
+
+
+def arguments(
+    cell: str, module: nn.Module, x: Tensor, hx: Tensor | tuple[Tensor, ...] | None
+) -> tuple[Tensor | None, ...]:
+    h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+    return x, h0, c0, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
+
+
+def both_ways(cell: str, module: nn.Module, x: Tensor, hx: object) -> list[tuple[Tensor, ...]]:
+    at_once = short(cell, module, x, hx)
+    by_python = autograd.Cell.apply(cell, *arguments(cell, module, x, hx))
+    return [at_once if cell == "lstm" else (at_once,), by_python if cell == "lstm" else by_python[:1]]
+
+
+def recorded(cell: str, **kwargs) -> tuple[nn.Module, Tensor, Tensor | tuple[Tensor, Tensor]]:
+    module, x, hx = made(cell, **kwargs)
+    states = hx if cell == "lstm" else (hx,)
+    for tensor in (x, *states):
+        tensor.requires_grad_()
+    return module, x, hx
+
+
+def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gives_the_gradients_of_the_function(cell, with_state, bias, dtype) -> None:
+    module, x, hx = recorded(cell, bias=bias, dtype=dtype)
+    given = [t for t in arguments(cell, module, x, hx if with_state else None) if t is not None]
+    cotangents = [torch.randn(3, 7, dtype=dtype) for _ in range(2)]
+    for frozen in (None, *given):
+        for tensor in given:
+            tensor.requires_grad_(tensor is not frozen)
+        wanted = [t for t in given if t.requires_grad]
+        results = both_ways(cell, module, x, hx if with_state else None)
+        assert_same(*results)
+        found = [torch.autograd.grad(r, wanted, cotangents[: len(r)]) for r in results]
+        assert_same(*found)
+    for which in range(2 if cell == "lstm" else 1):  # of one result, for one argument
+        for tensor in wanted:
+            results = both_ways(cell, module, x, hx if with_state else None)
+            assert_same(*(torch.autograd.grad(r[which], tensor, cotangents[0]) for r in results))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gives_the_second_derivatives_of_the_function(cell, bias) -> None:
+    module, x, hx = recorded(cell, bias=bias, dtype=torch.float64)
+    given = [t for t in arguments(cell, module, x, hx) if t is not None]
+    found = []
+    for result in both_ways(cell, module, x, hx):
+        cotangents = [torch.linspace(-1, 1, 21, dtype=x.dtype).view(3, 7).requires_grad_() for _ in result]
+        first = torch.autograd.grad(result, given, cotangents, create_graph=True)
+        second = torch.autograd.grad([g.sin().sum() for g in first], [*given, *cotangents], create_graph=True)
+        third = torch.autograd.grad([g.sin().sum() for g in second], [*given, *cotangents], allow_unused=True)
+        found.append((*first, *second, *third))
+    assert_same(*found)
+    assert torch.autograd.gradcheck(lambda x: short(cell, module, x, hx), (x,))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_gradients_at_once_and_jacobians(cell) -> None:
+    module, x, hx = recorded(cell)
+    found = []
+    for result in both_ways(cell, module, x, hx):
+        batch = torch.linspace(-1, 1, 42).view(2, 3, 7)
+        found.append(torch.autograd.grad(result[0], [x, module.weight_hh], batch, is_grads_batched=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_autograd_keeps_its_promises(cell) -> None:
+    module, x, hx = recorded(cell)
+    h = short(cell, module, x, hx)
+    h = h[0] if cell == "lstm" else h
+    h.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        h.sum().backward()
+    h = module(x, hx)
+    h = h[0] if cell == "lstm" else h
+    with torch.no_grad():
+        module.weight_hh.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        short(cell, module, x, hx)
+        ours, kept[:] = [t.shape for t in kept], []
+        autograd.Cell.apply(cell, *arguments(cell, module, x, hx))
+    assert ours == [t.shape for t in kept]
+
+
+def test_a_mode_sees_the_backward_pass() -> None:
+    module, x, hx = recorded("gru")
+    h = short("gru", module, x, hx)
+    with _Seen() as seen:
+        h.sum().backward()
+    assert "fused_rnn.cell_backward.default" in seen.names
 
 
 @pytest.mark.parametrize("cell", CELLS)

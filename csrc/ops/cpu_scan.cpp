@@ -5,6 +5,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "../cpu/kernels.h"
@@ -51,6 +52,18 @@ int parts_of_float() {
   return asked == at::Float32Precision::TF32 || asked == at::Float32Precision::BF16 ? 2 : 3;
 }
 
+// c_t is updated in place.
+template <class T>
+void begin_cell_state(const ForwardTensors& t) {
+  const size_t bytes = t.cn.numel() * sizeof(T);
+  if (!t.c0.defined())
+    std::memset(output_of<T>(t.cn), 0, bytes);
+  else if (t.c0.scalar_type() == t.cn.scalar_type())
+    std::memcpy(output_of<T>(t.cn), input_of<T>(t.c0), bytes);  // ATen's copy costs a microsecond
+  else
+    t.cn.copy_(t.c0);
+}
+
 template <class S>
 void forward(const Problem& p, bool save, ForwardTensors& t) {
   using T = Accumulate<S>;
@@ -60,7 +73,7 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
   args.threads = at::get_num_threads();
   const SplitKernels* split = split_kernels<S>(p);
 
-  if (p.cell.cell_state) t.c0.defined() ? t.cn.copy_(t.c0) : t.cn.zero_();  // c_t is updated in place
+  if (p.cell.cell_state) begin_cell_state<T>(t);
   for (int64_t d = 0; d < s.D; ++d) {
     const DirectionWeights& w = p.weights[d];
     ForwardDirection<S>& to = args.direction[d];
@@ -156,17 +169,22 @@ void backward(const Problem& p, BackwardTensors& t) {
 }
 
 // result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 4, kWorthAThread = 32768;  // the latter is what ATen asks of a thread
 template <class T>
 void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
   const int64_t rows = a.size(0), columns = b.size(1), a_stride = a.stride(0), b_stride = b.stride(0);
   const T *from_a = input_of<T>(a), *from_b = input_of<T>(b);
-  T* to = output_of<T>(result);
-  for (int64_t i = 0; i < result.size(0); ++i, to += columns) {
-    for (int64_t j = 0; j < columns; ++j) to[j] = from_a[i] * from_b[j];
-    for (int64_t row = 1; row < rows; ++row)
-      for (int64_t j = 0; j < columns; ++j) to[j] += from_a[row * a_stride + i] * from_b[row * b_stride + j];
-  }
+  T* const begin = output_of<T>(result);
+  const int64_t grain = 1 + kWorthAThread / (1 + rows * columns);
+  at::parallel_for(0, result.size(0), grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      T* to = begin + i * columns;
+      for (int64_t j = 0; j < columns; ++j) to[j] = from_a[i] * from_b[j];
+      for (int64_t row = 1; row < rows; ++row)
+        for (int64_t j = 0; j < columns; ++j)
+          to[j] += from_a[row * a_stride + i] * from_b[row * b_stride + j];
+    }
+  });
 }
 
 // Torch's own gradients of weights are sums of one product a step; the micro-kernel's sums are as short, and a matrix
@@ -258,6 +276,7 @@ const Backend kCpuBackend{
       return dtype != at::kHalf && (dtype != at::kBFloat16 || instruction_set().bfloat16);
     },
     /*keeps_wide=*/true,
+    /*padded_rows=*/true,
     [](const Problem& p, bool save, ForwardTensors& t) {
       if (p.compute == at::kBFloat16) return forward<BFloat16>(p, save, t);
       p.compute == at::kFloat ? forward<float>(p, save, t) : forward<double>(p, save, t);

@@ -14,12 +14,15 @@ void pass_states_through(ForwardTensors& t) {
 ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h0, const OptTensor& c0,
                        bool save, bool want_hn) {
   const Shape& s = p.shape;
-  const Tensor rows = input.dim() == 2 ? input : input.reshape({s.N, input.size(-1)});
   ForwardTensors t;
-  t.x = p.operand(rows, {s.N, s.I}, "input");
+  const bool padded = input.dim() == 3, as_given = padded && p.backend.padded_rows;
+  if (as_given)
+    t.x = p.operand(input, {s.T, s.B, s.I}, "input");
+  else
+    t.x = p.operand(padded ? input.reshape({s.N, input.size(-1)}) : input, {s.N, s.I}, "input");
   t.h0 = p.state(h0, s.Hr(), "h0");
   t.c0 = p.state(c0, s.H, "c0");
-  t.output = p.allocate({s.N, s.D * s.Hr()});
+  t.output = as_given ? p.allocate({s.T, s.B, s.D * s.Hr()}) : p.allocate({s.N, s.D * s.Hr()});
   if (want_hn) t.hn = p.allocate_state(s.Hr());
   t.saved = p.allocate({save ? s.D : 0, s.N, p.cell.saved * s.H}, p.kept);
   t.cn = p.cell.cell_state ? p.allocate_state(s.H, p.kept) : p.allocate({0});
@@ -27,6 +30,7 @@ ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h
     p.backend.forward(p, save, t);
   else
     pass_states_through(t);
+  if (padded && !as_given) t.output = t.output.view({s.T, s.B, s.D * s.Hr()});
   p.to_dtype(t.output);
   p.to_dtype(t.hn);
   p.to_dtype(t.cn);
@@ -34,6 +38,14 @@ ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h
 }
 
 }  // namespace
+
+Tensors4 layer_of(const CellTraits& cell, const Tensor& input, const OptTensor& batch_sizes,
+                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights,
+                  bool save) {
+  const Problem p(cell, steps_of(input, batch_sizes), std::move(weights), input, false, Stage::forward);
+  ForwardTensors r = forward(p, input, h0, c0, save, true);
+  return {r.output, r.hn, r.cn, r.saved};
+}
 
 Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTensor& batch_sizes,
                        const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
@@ -46,11 +58,7 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  const Problem p(cell_traits(cell), steps_of(input, batch_sizes), std::move(weights), input, false,
-                  Stage::forward);
-  ForwardTensors r = forward(p, input, h0, c0, save, true);
-  if (input.dim() == 3) r.output = r.output.view({p.shape.T, p.shape.B, r.output.size(1)});
-  return {r.output, r.hn, r.cn, r.saved};
+  return layer_of(cell_traits(cell), input, batch_sizes, h0, c0, std::move(weights), save);
 }
 
 Tensors3 cell_forward(std::string_view cell, const Tensor& input, const OptTensor& h0, const OptTensor& c0,

@@ -6,10 +6,10 @@
 namespace frnn {
 
 struct ForwardTensors {
-  Tensor x, h0, c0;  // [N, I], [D, B, Hr], [D, B, H]; states undefined: zero
+  Tensor x, h0, c0;  // [N, I] or [T, B, I], [D, B, Hr], [D, B, H]; states undefined: zero
   Tensor reset;      // [N] bool or undefined: a row's state is zero before the steps where it is set
-  Tensor output, hn, cn,
-      saved;  // [N, D*Hr], [D, B, Hr] or undefined: not wanted, [D, B, H], [D, N, kSaved*H]
+  // As x, of D*Hr columns; [D, B, Hr] or undefined: not wanted; [D, B, H]; [D, N, kSaved*H].
+  Tensor output, hn, cn, saved;
 };
 
 struct BackwardTensors {
@@ -28,7 +28,8 @@ struct Backend {
   bool (*computes_in)(const Problem& p, Stage stage);
   // Whether products around the backward scan take operands of this dtype, though the scan itself may not.
   bool (*multiplies)(at::ScalarType dtype);
-  bool keeps_wide;  // saves for the backward pass in the dtype of sums
+  bool keeps_wide;   // saves for the backward pass in the dtype of sums
+  bool padded_rows;  // takes the rows of a pass forward as [T, B, columns] too: a view costs a dispatch
   void (*forward)(const Problem& p, bool save, ForwardTensors& t);
   void (*backward)(const Problem& p, BackwardTensors& t);
   // result = a^T b, a [rows, m], b [rows, n]: a sum over the rows of all steps.
@@ -37,6 +38,10 @@ struct Backend {
   void (*add_product)(Tensor& sum, const Tensor& a, const Tensor& b);
 };
 extern const Backend kCpuBackend, kCudaBackend;
+
+// What `layer_forward` does (library.cpp), of weights by direction; under PlainDispatch.
+Tensors4 layer_of(const CellTraits& cell, const Tensor& input, const OptTensor& batch_sizes,
+                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights, bool save);
 
 // On the CPU: whether the input's products are made step by step in a scan forward.
 bool steps_input(const Problem& p);
