@@ -51,6 +51,17 @@ class _Recurrent(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take weights as they lie. Kept for code that calls it."""
 
+    def _weights_have_changed(self) -> bool:
+        """Part of torch.nn's bookkeeping of ``_flat_weights``. torch's own asks weak references, some microseconds."""
+        parameters = self._parameters
+        for weight, name in zip(self._flat_weights, self._flat_weights_names, strict=True):
+            now = parameters.get(name)
+            if now is None:  # parametrized, perhaps, where each look has an effect: as often as torch.nn
+                return super()._weights_have_changed()
+            if now is not weight:
+                return True
+        return False
+
     # Hidden states: the user's form, a tensor or (LSTM) a pair, and the inner one, a tuple.
 
     def _states(self, hx: Any, batched: bool) -> States:

@@ -33,7 +33,8 @@ cell_backward = _ops.cell_backward.default
 
 #: (cell, parameters by name, input, hx) -> h or (h, c): what `cell_forward` gives, past the dispatcher, in a tenth of
 #: its time, with gradients if they are wanted. None where anything else has a say on that way (autocast, a transform,
-#: a mode, a subclass, ...) or the input is not as it should be: csrc/ops/cell_call.cpp. Not for a graph: Dynamo cannot see it.
+#: a mode, a subclass, ...) or the input is not as it should be: csrc/ops/cell_call.cpp. Not for a graph: Dynamo cannot
+#: see it.
 cell_at_once = _C.cell_at_once
 #: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise, but None where gradients are wanted.
 layer_at_once = _C.layer_at_once
