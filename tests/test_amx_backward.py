@@ -135,10 +135,10 @@ def amx_float(request: pytest.FixtureRequest) -> Scan:
 
 
 def assert_float_law(scan: Scan, *cases: Case) -> None:
-    """Against the scan that multiplies float as it is."""
+    """Beside the scan in AVX-512, whose errors are about two thirds of those of torch's products."""
     assert_law(
         *(
-            (scan(case), by_operator(case, "portable"), by_operator(case.to(torch.float64), "portable"))
+            (scan(case), by_operator(case, "avx512"), by_operator(case.to(torch.float64), "portable"))
             for case in cases
         )
     )
