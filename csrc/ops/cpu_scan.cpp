@@ -169,13 +169,15 @@ void backward(const Problem& p, BackwardTensors& t) {
 }
 
 // result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
-constexpr int64_t kFewRows = 4, kWorthAThread = 32768;  // the latter is what ATen asks of a thread
+constexpr int64_t kFewRows = 4;
+// As many products repay waking a thread, as in cpu/plan.cpp.
+constexpr int64_t kThreadWork = 1 << 17;
 template <class T>
 void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& b) {
   const int64_t rows = a.size(0), columns = b.size(1), a_stride = a.stride(0), b_stride = b.stride(0);
   const T *from_a = input_of<T>(a), *from_b = input_of<T>(b);
   T* const begin = output_of<T>(result);
-  const int64_t grain = 1 + kWorthAThread / (1 + rows * columns);
+  const int64_t grain = 1 + kThreadWork / (1 + rows * columns);
   at::parallel_for(0, result.size(0), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       T* to = begin + i * columns;
