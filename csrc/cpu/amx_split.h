@@ -32,12 +32,16 @@ class Magnitude {
   // and a part of Inf is NaN. Tiles take denormal parts as zero and make denormal sums zero: with the largest numbers
   // of both operands above 2^-40 what is lost so is nothing beside a rounding of their product.
   bool splits() const {
-    const uint32_t bits = _mm512_reduce_max_epu32(largest_);
+    const uint32_t bits = largest();
     constexpr uint32_t kBias = 127, kLeast = (kBias - 40) << 23, kMost = (kBias + 40) << 23;
     return bits == 0 || (bits >= kLeast && bits <= kMost);
   }
+  // Of the largest magnitude, rounded down: 128 of NaN and Inf, -127 of zero and denormal numbers.
+  int exponent() const { return static_cast<int>(largest() >> 23) - 127; }
 
  private:
+  uint32_t largest() const { return _mm512_reduce_max_epu32(largest_); }
+
   __m512i largest_;
 };
 

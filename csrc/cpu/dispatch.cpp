@@ -38,6 +38,9 @@ extern const SplitBackwardKernels kKernels;
 namespace amx_backward_bf16 {
 extern const Bfloat16BackwardKernels kKernels;
 }
+namespace amx_matrix {
+extern const MatrixKernels kKernels;
+}
 #endif
 
 namespace {
@@ -71,19 +74,20 @@ bool may_use_amx() {
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__) && defined(__linux__)
     {"amx", &avx512::kKernels, &amx::kKernels, &amx_float::kKernels, &amx_backward::kKernels,
-     &amx_backward_bf16::kKernels,
+     &amx_backward_bf16::kKernels, &amx_matrix::kKernels,
      [] {
        static const bool usable = has_avx512_bf16() && may_use_amx() && amx::tiles_multiply();
        return usable;
      }},
 #endif
 #if defined(__x86_64__)
-    {"avx512_bf16", &avx512::kKernels, &avx512_bf16::kKernels, nullptr, nullptr, nullptr, &has_avx512_bf16},
-    {"avx512", &avx512::kKernels, nullptr, nullptr, nullptr, nullptr, &has_avx512},
-    {"avx2", &avx2::kKernels, nullptr, nullptr, nullptr, nullptr,
+    {"avx512_bf16", &avx512::kKernels, &avx512_bf16::kKernels, nullptr, nullptr, nullptr, nullptr,
+     &has_avx512_bf16},
+    {"avx512", &avx512::kKernels, nullptr, nullptr, nullptr, nullptr, nullptr, &has_avx512},
+    {"avx2", &avx2::kKernels, nullptr, nullptr, nullptr, nullptr, nullptr,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", &portable::kKernels, nullptr, nullptr, nullptr, nullptr, [] { return true; }},
+    {"portable", &portable::kKernels, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return true; }},
 };
 const int kInstructionSetCount = sizeof kInstructionSets / sizeof kInstructionSets[0];
 

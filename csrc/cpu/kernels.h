@@ -73,6 +73,13 @@ struct Bfloat16BackwardKernels {
   CpuProblem (*problem)(CellKind, const Shape&, int threads);
 };
 
+// Matrix products of float in the same way as layers.
+struct MatrixKernels {
+  bool (*pays)(int64_t M, int64_t N, int64_t K);  // of a result [M, N], each of it a sum of K
+  void (*sum_over_rows)(const SumOverRows<float>&, int parts);
+  void (*multiply)(const RowsTimesMatrix<float>&, int parts);
+};
+
 struct InstructionSet {
   const char* name;
   const CpuKernels* kernels;
@@ -80,6 +87,7 @@ struct InstructionSet {
   const SplitKernels* split;        // null: float is multiplied as it is
   const SplitBackwardKernels* split_backward;
   const Bfloat16BackwardKernels* bfloat16_backward;  // null: the scan is of float
+  const MatrixKernels* products;                     // null: as split
   bool (*supported)();
 };
 

@@ -46,6 +46,11 @@ const SplitKernels* split_kernels(const Problem& p) {
   return split && split->pays(p.cell.kind, p.shape) ? split : nullptr;
 }
 
+const MatrixKernels* matrix_kernels(int64_t M, int64_t N, int64_t K) {
+  const MatrixKernels* split = instruction_set().products;
+  return split && split->pays(M, N, K) ? split : nullptr;
+}
+
 // Two parts only for who has asked torch.set_float32_matmul_precision for less than "highest".
 int parts_of_float() {
   const auto asked = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
@@ -193,9 +198,15 @@ void product_over_few_rows(const Tensor& result, const Tensor& a, const Tensor& 
 // product of ATen's here would be one running sum over thousands of rows.
 template <class T>
 void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
-  instruction_set().kernels->sum_over_rows(SumOverRows<T>{a.size(0), a.size(1), b.size(1), input_of<T>(a),
-                                                          a.stride(0), input_of<T>(b), b.stride(0),
-                                                          output_of<T>(result), add, at::get_num_threads()});
+  const SumOverRows<T> args{a.size(0),   a.size(1),
+                            b.size(1),   input_of<T>(a),
+                            a.stride(0), input_of<T>(b),
+                            b.stride(0), output_of<T>(result),
+                            add,         at::get_num_threads()};
+  if constexpr (std::is_same_v<T, float>)
+    if (const MatrixKernels* split = matrix_kernels(args.M, args.N, args.rows))
+      return split->sum_over_rows(args, parts_of_float());
+  instruction_set().kernels->sum_over_rows(args);
 }
 
 void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, int64_t) {
@@ -212,9 +223,19 @@ void product_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, i
 
 template <class T>
 void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {
-  instruction_set().kernels->multiply(RowsTimesMatrix<T>{a.size(0), a.size(1), b.size(1), input_of<T>(a),
-                                                         a.stride(0), input_of<T>(b), output_of<T>(result),
-                                                         add, at::get_num_threads()});
+  const RowsTimesMatrix<T> args{a.size(0),
+                                a.size(1),
+                                b.size(1),
+                                input_of<T>(a),
+                                a.stride(0),
+                                input_of<T>(b),
+                                output_of<T>(result),
+                                add,
+                                at::get_num_threads()};
+  if constexpr (std::is_same_v<T, float>)
+    if (const MatrixKernels* split = matrix_kernels(args.rows, args.N, args.K))
+      return split->multiply(args, parts_of_float());
+  instruction_set().kernels->multiply(args);
 }
 
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
