@@ -63,59 +63,15 @@ FRNN_HD bool scale_of(const float* a, int64_t count, float* scale, float* invers
   return true;
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights, of two vectors of units. Without kTwo there are 16 rows at most.
-// a: [k / 32][part][32 rows][32], w: [k / 32][part][vector][16 pairs][16][2].
-template <int kParts, bool kTwo>
-struct TileBlock {
-  const BFloat16 *a, *w;
-
-  FRNN_HD void rows(int part) const {
-    load_tile<4>(a + part * 2 * kAmxTile, 64);
-    if constexpr (kTwo) load_tile<5>(a + (part * 2 + 1) * kAmxTile, 64);
-  }
-  FRNN_HD void weights(int part) const {
-    load_tile<6>(w + part * 2 * kAmxTile, 64);
-    load_tile<7>(w + (part * 2 + 1) * kAmxTile, 64);
-  }
-  FRNN_HD void multiply() const {
-    add_tile_product<0, 4, 6>();
-    add_tile_product<1, 4, 7>();
-    if constexpr (kTwo) add_tile_product<2, 5, 6>();
-    if constexpr (kTwo) add_tile_product<3, 5, 7>();
-  }
-  // From one product of parts to the next, one side stays: loads are the fewest there can be.
-  FRNN_HD void multiply_parts() const {
-    if constexpr (kParts == 3) rows(0), weights(2), multiply();
-    if constexpr (kParts == 2) rows(0);
-    if constexpr (kParts > 1) weights(1), multiply(), rows(1);
-    if constexpr (kParts == 3) multiply();
-    if constexpr (kParts == 1) rows(0);
-    weights(0), multiply();
-    if constexpr (kParts == 3) rows(2), multiply();
-    if constexpr (kParts > 1) rows(0), multiply();
-  }
-};
-
 // acc[row][2 vectors], or, with `add`, added to it.
 template <int kParts, bool kTwo>
 void tile_product(const BFloat16* a, const BFloat16* w, int64_t blocks, float* acc, bool add) {
-  constexpr int64_t kStride = 2 * 64, kLower = kAmxRows * 2 * 16;
+  constexpr int64_t kStride = 2 * 64, kSums = (kTwo ? 2 : 1) * kAmxRows * 2 * 16;
+  if (kParts == 1 || !add) return split_lanes<kTwo, true>(a, blocks, w, kParts, acc, kStride, add, NoPause());
   // Of float, sums of parts of k are added up apart: one running sum over all of it would lose accuracy.
-  constexpr bool kRunning = kParts == 1;
-  alignas(64) float apart[kRunning ? 1 : 2 * kLower];
-  float* const to = kRunning || !add ? acc : apart;
-  begin_sums<0>(acc, kStride, kRunning && add);
-  begin_sums<1>(acc + 16, kStride, kRunning && add);
-  if constexpr (kTwo) begin_sums<2>(acc + kLower, kStride, kRunning && add);
-  if constexpr (kTwo) begin_sums<3>(acc + kLower + 16, kStride, kRunning && add);
-  for (int64_t k = 0; k < blocks; ++k)
-    TileBlock<kParts, kTwo>{a + k * kParts * 2 * kAmxTile, w + k * kParts * 2 * kAmxTile}.multiply_parts();
-  store_tile<0>(to, kStride);
-  store_tile<1>(to + 16, kStride);
-  if constexpr (kTwo) store_tile<2>(to + kLower, kStride);
-  if constexpr (kTwo) store_tile<3>(to + kLower + 16, kStride);
-  if (to != acc)
-    for (int i = 0; i < (kTwo ? 2 : 1) * kLower; i += 16) store(acc + i, load(acc + i) + load(to + i));
+  alignas(64) float apart[kSums];
+  split_lanes<kTwo, true>(a, blocks, w, kParts, apart, kStride, false, NoPause());
+  for (int i = 0; i < kSums; i += 16) store(acc + i, load(acc + i) + load(apart + i));
 }
 
 // The recurrent weights [kGates * H, Hr] in panels of 32 columns, the K of every gate filled up to whole tiles:

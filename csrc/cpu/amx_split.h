@@ -123,14 +123,13 @@ struct SplitBlock {
   FRNN_HD void then_rows(int part) const {
     upper_left(), upper_right(), upper(part), lower_left(), lower_right(), lower(part);
   }
+  // One part is bfloat16 as it is.
   FRNN_HD void multiply(int parts) const {
     upper(0), left(parts - 1), right(parts - 1), lower(0);
     if (parts == 3) then_weights(1), then_rows(1);
-    then_weights(0);
-    if (parts == 3)
-      then_rows(2), then_rows(0);
-    else
-      then_rows(1);
+    if (parts > 1) then_weights(0);
+    if (parts == 3) then_rows(2), then_rows(0);
+    if (parts == 2) then_rows(1);
     upper_left(), upper_right(), lower_left(), lower_right();
   }
 };
