@@ -15,7 +15,7 @@ import torch
 from fused_rnn_bench.case import CELLS, LAYERS, Case
 from fused_rnn_bench.parity import Judge
 from fused_rnn_bench.peers.base import Contender
-from fused_rnn_bench.peers.engines import OnnxRuntime, OpenVino
+from fused_rnn_bench.peers.engines import OnnxRuntime, OpenVino, _Worker
 from fused_rnn_bench.peers.flashrnn import FlashRnn, flashrnn_call
 from fused_rnn_bench.peers.haste import Haste
 from fused_rnn_bench.peers.modules import TorchNN
@@ -72,6 +72,17 @@ def test_an_engine_s_error_comes_back_as_one(engine):
     del problem.weights["weight_hh_l0"]
     with pytest.raises(RuntimeError, match="weight_hh_l0"):
         engine.prepare(problem)
+
+
+def test_a_worker_that_crashed_is_an_error_and_no_more():
+    """Closing it with a request half sent must not fail, for that would end the run."""
+    worker = _Worker("ort_session")
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(RuntimeError, match="its process ended with status -9"):
+        worker.ask("prepare", b" " * 2**22)
+    assert not worker.alive()
+    worker.close()
 
 
 @pytest.mark.parametrize("peer", [OnnxRuntime, OpenVino])

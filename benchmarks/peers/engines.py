@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import pickle
@@ -42,8 +43,12 @@ class _Worker:
             raise RuntimeError(value)
         return value
 
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a dead process has not read of a request
+            self._process.stdin.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -107,6 +112,8 @@ class EngineContender(Contender):
         )
 
     def prepare(self, problem: Problem) -> RemoteRunnable:
+        if self._worker and not self._worker.alive():
+            self.close()  # an engine crashed in an earlier case
         self._worker = self._worker or _Worker(self.session)
         request = {
             "case": problem.case.to_json(),
