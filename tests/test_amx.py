@@ -10,7 +10,6 @@ import ctypes
 import functools
 import itertools
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,12 @@ import pytest
 import torch
 from parity import assert_law
 from test_ops import CELLS, make_layer
+from tiles import ROOT, build_kernels
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _C, ops, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 Layer = Callable[[str, list[Tensor | None]], tuple[Tensor, Tensor, Tensor | None]]
 
 SIZES = (1, 7, 16, 17, 33, 65, 129)  # of H: below, at and above a vector, a tile's k, and several of both
@@ -33,21 +32,8 @@ ROWS = (1, 7, 8, 9, 16, 17, 33)  # without tiles; one row of tiles, whole and no
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if "avx512_bf16" not in _C.isas():
-        pytest.skip("this CPU has no AVX512_BF16, in which the code around the tiles is written")
-    target = tmp_path_factory.mktemp("amx") / "layers.so"
-    # As setup.py optimizes: one test compares bits with the extension, whose cells must add and multiply alike.
-    flags = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
-    flags += ["-fno-math-errno"]
-    flags += ["-w", "-DFRNN_AMX_EMULATION", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/amx'}"]
-    files = [ROOT / "tests/amx/layers.cpp"]
-    files += [
-        ROOT / "csrc/cpu" / name
-        for name in ("kernels_amx.cpp", "kernels_amx_float.cpp", "plan.cpp", "scratch.cpp", "team.cpp")
-    ]
-    compiler = shutil.which("g++") or "c++"
-    subprocess.run([compiler, "-shared", *flags, *files, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    kernels = ["kernels_amx", "kernels_amx_float", "plan", "scratch", "team"]
+    return build_kernels(tmp_path_factory.mktemp("amx"), "layers", kernels)
 
 
 def test_the_check_before_first_use_passes(library: ctypes.CDLL) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from parity import LAYERS, assert_law, assert_parity
 from test_ops import CELLS, make_layer
+from tiles import build_kernels
 from torch import Tensor
 
 from fused_rnn import _C, ops
 
-ROOT = Path(__file__).resolve().parents[1]
 Scan = Callable[..., dict[str, Tensor | None]]
 
 SIZES = (1, 7, 16, 17, 33, 65, 129)  # of H: below, at and above a vector, a tile's k, and several of both
@@ -27,18 +24,8 @@ ROWS = (1, 7, 16, 17, 33, 70, 150)  # one row of tiles, whole and not; two; seve
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if "avx512_bf16" not in _C.isas():
-        pytest.skip("this CPU has no AVX512_BF16, in which the code around the tiles is written")
-    target = tmp_path_factory.mktemp("amx") / "backward.so"
-    flags = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
-    flags += ["-fno-math-errno"]
-    flags += ["-w", "-DFRNN_AMX_EMULATION", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/amx'}"]
-    files = [ROOT / "tests/amx/backward.cpp"]
-    names = ("kernels_amx_backward", "kernels_amx_backward_bf16", "plan", "scratch", "team")
-    files += [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names]
-    compiler = shutil.which("g++") or "c++"
-    subprocess.run([compiler, "-shared", *flags, *files, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    kernels = ["kernels_amx_backward", "kernels_amx_backward_bf16", "plan", "scratch", "team"]
+    return build_kernels(tmp_path_factory.mktemp("amx"), "backward", kernels)
 
 
 class Case:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from parity import assert_law
+from tiles import build_kernels
 from torch import Tensor
 
 from fused_rnn import _C
 
-ROOT = Path(__file__).resolve().parents[1]
-# K, M, N: below, at and above a vector, a tile's 32 rows, columns and k, the 128 and 256 k and 512 columns of a block.
+# K, M, N: below, at and above a vector, a tile's 32 rows, columns and k, the 128 k and 1024 columns of a block.
 SHAPES = [
     (1, 1, 1),
     (5, 7, 33),
@@ -30,36 +27,18 @@ SHAPES = [
     (161, 5, 97),
     (257, 31, 40),
     (300, 100, 17),
-    (50, 3, 545),
+    (50, 3, 1057),
     (600, 70, 64),
 ]
 
 
 @pytest.fixture(scope="module", params=["emulated", "hardware"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if "avx512_bf16" not in _C.isas():
-        pytest.skip("this CPU has no AVX512_BF16, in which the code around the tiles is written")
     emulated = request.param == "emulated"
     if not emulated and "amx" not in _C.isas():
         pytest.skip("this CPU has no AMX")
-    target = tmp_path_factory.mktemp("amx") / "products.so"
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-g0",
-        "-fopenmp",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-ffp-contract=fast",
-        "-w",
-    ]
-    flags += ["-DFRNN_AMX_EMULATION"] if emulated else []
-    files = [ROOT / "tests/amx/products.cpp"]
-    files += [ROOT / "csrc/cpu" / name for name in ("kernels_amx_matrix.cpp", "scratch.cpp", "team.cpp")]
-    compiler = shutil.which("g++") or "c++"
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/amx'}"]
-    subprocess.run([compiler, "-shared", *flags, *includes, *files, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    kernels = ["kernels_amx_matrix", "scratch", "team"]
+    return build_kernels(tmp_path_factory.mktemp("amx"), "products", kernels, emulated)
 
 
 Product = Callable[..., Tensor]

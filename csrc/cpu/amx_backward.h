@@ -9,34 +9,10 @@
 namespace frnn {
 inline namespace FRNN_ISA {
 
-// The upper halves of 32 floats, in order.
-FRNN_HD __m512i upper_halves(__m512i low, __m512i high) {
-  alignas(64) static constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(low, _mm512_load_si512(kOdd), high);
-}
-
-// Row r of up to 32, all K numbers of it, into tiles [k / 32][part][32 rows][32]; `to` is where the row begins there.
-// Parts are rounded to nearest, all but the third, which is exact.
+// A row into the tiles of TileBackwardScan: of float in parts, of bfloat16 as it is.
 template <int kParts>
 FRNN_HD void lay_row(const float* a, int64_t K, float scale, BFloat16* to) {
-  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const __m512 factor = _mm512_set1_ps(scale);
-  const auto lay = [&](__m512 low, __m512 high) {
-    low *= factor, high *= factor;
-#pragma GCC unroll 3
-    for (int p = 0; p < kParts; ++p, to += 2 * kAmxTile) {
-      __m512i first = (__m512i)low, second = (__m512i)high;
-      if (p < 2) first = _mm512_add_epi32(first, half), second = _mm512_add_epi32(second, half);
-      _mm512_store_si512(to, upper_halves(first, second));
-      low -= (__m512)_mm512_and_si512(first, upper);
-      high -= (__m512)_mm512_and_si512(second, upper);
-    }
-  };
-  int64_t k = 0;
-  for (; k + kAmxDepth <= K; k += kAmxDepth) lay(_mm512_loadu_ps(a + k), _mm512_loadu_ps(a + k + 16));
-  if (k < K) lay(first_floats(a + k, K - k), first_floats(a + k + 16, K - k - 16));
+  split_row(a, K, kParts, scale, to);
 }
 template <int kParts>
 FRNN_HD void lay_row(const BFloat16* a, int64_t K, float, BFloat16* to) {
@@ -48,19 +24,11 @@ FRNN_HD void lay_row(const BFloat16* a, int64_t K, float, BFloat16* to) {
 // The power of two that brings the largest number of a row near one: gradients fade from step to step, and tiles take
 // denormal parts as zero. False where Inf or NaN is among them, which have no parts.
 FRNN_HD bool scale_of(const float* a, int64_t count, float* scale, float* inverse) {
-  __m512i largest = _mm512_setzero_si512();
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  for (int64_t k = 0; k < count; k += 16)
-    largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)first_floats(a + k, count - k), magnitude));
-  constexpr uint32_t kBias = 127, kInf = 255;
-  const uint32_t exponent = _mm512_reduce_max_epu32(largest) >> 23;
-  if (exponent == kInf) return false;
-  // Neither is zero or denormal. A row of zeros takes any.
-  const uint32_t up = exponent > 2 * kBias - 1 ? 1 : exponent < 1 ? 2 * kBias - 1 : 2 * kBias - exponent;
-  const uint32_t bits[] = {up << 23, (2 * kBias - up) << 23};
-  memcpy(scale, &bits[0], sizeof *scale);
-  memcpy(inverse, &bits[1], sizeof *inverse);
-  return true;
+  Magnitude magnitude;
+  for (int64_t k = 0; k < count; k += 16) magnitude.add(first_floats(a + k, count - k));
+  *scale = power_of_two(-magnitude.exponent());
+  *inverse = power_of_two(magnitude.exponent());
+  return magnitude.finite();
 }
 
 // acc[row][2 vectors], or, with `add`, added to it.

@@ -31,24 +31,9 @@ struct LeftRows {
   }
 
   Magnitude split(int64_t m, int rows, int64_t k0, int64_t K, int parts, float scale, BFloat16* to) const {
-    const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    const __m512 factor = _mm512_set1_ps(scale);
     Magnitude magnitude;
-    for (int r = 0; r < rows; ++r) {
-      const float* from = a + (m + r) * stride + k0;
-      BFloat16* tiles = to + r * kAmxDepth;
-      for (int64_t k = 0; k < K; k += kAmxDepth) {
-        const __m512 low = first_floats(from + k, K - k) * factor;
-        const __m512 high = first_floats(from + k + 16, K - k - 16) * factor;
-        magnitude.add(low);
-        magnitude.add(high);
-        __m512 even = _mm512_permutex2var_ps(low, evens, high);
-        __m512 odd = _mm512_permutex2var_ps(low, odds, high);
-        for (int p = 0; p < parts; ++p, tiles += 2 * kAmxTile)
-          _mm512_store_si512(tiles, next_pairs(even, odd));
-      }
-    }
+    for (int r = 0; r < rows; ++r)
+      magnitude.add(split_row(a + (m + r) * stride + k0, K, parts, scale, to + r * kAmxDepth));
     return magnitude;
   }
 
@@ -115,15 +100,9 @@ template <class Pack>
 SplitScale pack_to_scale(Pack&& pack) {
   const Magnitude magnitude = pack(1.0f);
   if (magnitude.splits()) return {0, true};
-  int exponent = magnitude.exponent();
-  if (exponent > 127) return {0, false};
-  if (exponent < -126) exponent = -126;
-  if (exponent > 126) exponent = 126;
-  const uint32_t bits = static_cast<uint32_t>(127 - exponent) << 23;
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
-  pack(scale);
-  return {exponent, true};
+  if (!magnitude.finite()) return {0, false};
+  pack(power_of_two(-magnitude.exponent()));
+  return {magnitude.exponent(), true};
 }
 
 // A tile of the result that waits in `sums` to be added to c while the next one is multiplied: the sums of a tile come

@@ -36,10 +36,16 @@ class Magnitude {
     constexpr uint32_t kBias = 127, kLeast = (kBias - 40) << 23, kMost = (kBias + 40) << 23;
     return bits == 0 || (bits >= kLeast && bits <= kMost);
   }
-  // Of the largest magnitude, rounded down: 128 of NaN and Inf, -127 of zero and denormal numbers.
-  int exponent() const { return static_cast<int>(largest() >> 23) - 127; }
+  void add(const Magnitude& other) { largest_ = _mm512_max_epu32(largest_, other.largest_); }
+  bool finite() const { return largest() < kInf; }
+  // The power of two below it, as long as neither that nor its inverse is zero or denormal.
+  int exponent() const {
+    const int exponent = static_cast<int>(largest() >> 23) - 127;
+    return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+  }
 
  private:
+  static constexpr uint32_t kInf = 0x7f800000;
   uint32_t largest() const { return _mm512_reduce_max_epu32(largest_); }
 
   __m512i largest_;
@@ -47,14 +53,50 @@ class Magnitude {
 
 constexpr int kMostParts = 3;
 
-// 32 numbers -> part[p], each the next eight bits.
+// Of an exponent from -126 to 127.
+FRNN_HD float power_of_two(int exponent) {
+  const uint32_t bits = static_cast<uint32_t>(127 + exponent) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+// The upper halves of 32 floats, in order.
+FRNN_HD __m512i upper_halves(__m512i low, __m512i high) {
+  alignas(64) static constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(low, _mm512_load_si512(kOdd), high);
+}
+
+// 32 numbers -> part[p], each the next eight bits: rounded to nearest, all but the third, which is exact.
 FRNN_HD void split(__m512 low, __m512 high, int parts, __m512i* part) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+#pragma GCC unroll 3
   for (int p = 0; p < parts; ++p) {
-    const __m256i first = (__m256i)_mm512_cvtneps_pbh(low), second = (__m256i)_mm512_cvtneps_pbh(high);
-    part[p] = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-    low -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(first), 16);
-    high -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+    __m512i first = (__m512i)low, second = (__m512i)high;
+    if (p < 2) first = _mm512_add_epi32(first, half), second = _mm512_add_epi32(second, half);
+    part[p] = upper_halves(first, second);
+    low -= (__m512)_mm512_and_si512(first, upper);
+    high -= (__m512)_mm512_and_si512(second, upper);
   }
+}
+
+// Row r of up to 32, all K numbers of it times `scale`, a power of two, into tiles [k / 32][part][32 rows][32]; `to` is
+// where the row begins there. Returns how large those are.
+FRNN_HD Magnitude split_row(const float* a, int64_t K, int parts, float scale, BFloat16* to) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  Magnitude magnitude;
+  for (int64_t k = 0; k < K; k += kAmxDepth) {
+    const __m512 low = first_floats(a + k, K - k) * factor;
+    const __m512 high = first_floats(a + k + 16, K - k - 16) * factor;
+    magnitude.add(low);
+    magnitude.add(high);
+    __m512i part[kMostParts];
+    split(low, high, parts, part);
+    for (int p = 0; p < parts; ++p, to += 2 * kAmxTile) _mm512_store_si512(to, part[p]);
+  }
+  return magnitude;
 }
 
 // Up to 32 rows of length K, and the same in parts: [k / 32][part][32 rows][32], tile after tile as the product takes them.
@@ -65,19 +107,8 @@ class SplitRows {
   SplitRows() = default;
   SplitRows(BFloat16* memory, const float* const* a, int rows, int64_t K, int parts)
       : rows_(a), tiles_(memory), splits_(true) {
-    for (int r = 0; r < rows; ++r) {
-      Magnitude magnitude;
-      BFloat16* to = memory + r * kAmxDepth;
-      for (int64_t k = 0; k < K; k += kAmxDepth) {
-        const __m512 low = first_floats(a[r] + k, K - k), high = first_floats(a[r] + k + 16, K - k - 16);
-        magnitude.add(low);
-        magnitude.add(high);
-        __m512i part[kMostParts];
-        split(low, high, parts, part);
-        for (int p = 0; p < parts; ++p, to += 2 * kAmxTile) _mm512_store_si512(to, part[p]);
-      }
-      splits_ &= magnitude.splits();
-    }
+    for (int r = 0; r < rows; ++r)
+      splits_ &= split_row(a[r], K, parts, 1.0f, memory + r * kAmxDepth).splits();
   }
   bool splits() const { return splits_; }
   const float* const* rows() const { return rows_; }

@@ -146,7 +146,8 @@ class ForwardDirectionScan {
       for (; next.tile < tiles.count; next.tile += tiles.groups) {
         const Range r = tiles.rows(next.tile, rows_now);
         if (r.first >= r.last) break;
-        if (block.tiles > 0 && rows > kBlockRows && block.tiles == most) return true;
+        const bool full = block.tiles == most || block.rows + r.last - r.first > kMostBlockRows;
+        if (block.tiles > 0 && rows > kBlockRows && full) return true;
         add_tile(block, next.s, r);
       }
       if (count > 0) block.tile[block.tiles - 1].ends_step = true;

@@ -20,7 +20,6 @@ struct Names {
   PyObject* const bias = PyUnicode_InternFromString("bias");
   PyObject* const batch_first = PyUnicode_InternFromString("batch_first");
   PyObject* const bidirectional = PyUnicode_InternFromString("bidirectional");
-  PyObject* const dropout = PyUnicode_InternFromString("dropout");
   PyObject* const training = PyUnicode_InternFromString("training");
   PyObject* const parameters = PyUnicode_InternFromString("_parameters");
   PyObject* const weights = PyUnicode_InternFromString("_flat_weights");
