@@ -36,7 +36,7 @@ cell_backward = _ops.cell_backward.default
 #: a mode, a subclass, ...) or the input is not as it should be: csrc/ops/cell_call.cpp. Not for a graph: Dynamo cannot
 #: see it.
 cell_at_once = _C.cell_at_once
-#: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise, but None where gradients are wanted.
+#: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise.
 layer_at_once = _C.layer_at_once
 
 # What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs

@@ -3,7 +3,7 @@ something would."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -118,11 +118,159 @@ def test_declines_where_something_listens(kind: Kind, name: str) -> None:
 
 def test_takes_a_frozen_layer_with_grad_enabled() -> None:
     module, x, hx = made(GRU)
-    assert not taken(module, x)
     module.requires_grad_(False)
-    assert taken(module, x, hx)
-    assert not taken(module, x, hx.clone().requires_grad_())
-    assert not taken(module, x.requires_grad_())
+    assert not ops.layer_at_once(module, x, hx)[0].requires_grad
+    assert ops.layer_at_once(module, x, hx.clone().requires_grad_())[0].requires_grad
+    assert ops.layer_at_once(module, x.requires_grad_(), hx)[0].requires_grad
+
+
+# Of autograd: a Function in C++ in place of fused_rnn/autograd.py's, with the same results.
+
+
+def recorded(kind: Kind, **options: Any) -> tuple[nn.Module, Tensor, Any, list[Tensor]]:
+    """A module, input and states, and all that gradients may be asked for."""
+    module, x, hx = made(kind, **options)
+    leaves = [x, *(tensors_of(hx)), *module.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return module, x, hx, leaves
+
+
+def both_ways(module: nn.Module, x: Tensor, hx: Any) -> list[list[Tensor]]:
+    return [tensors_of(ops.layer_at_once(module, x, hx)), tensors_of(long_way(module, x, hx))]
+
+
+def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
+
+
+def cotangents_of(results: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape) for r in results]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "bidirectional": True},
+        {"num_layers": 2, "batch_first": True, "bidirectional": True},
+    ],
+    ids=["plain", "both-ways", "stack"],
+)
+@kinds
+def test_gives_the_gradients_of_the_function(kind, options, dtype) -> None:
+    module, x, hx, leaves = recorded(kind, dtype=dtype, **options)
+    for frozen in (None, *leaves):
+        for leaf in leaves:
+            leaf.requires_grad_(leaf is not frozen)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        results = both_ways(module, x, hx)
+        assert_same(*results)
+        assert_same(*(torch.autograd.grad(r, wanted, cotangents_of(r)) for r in results))
+    for which in range(len(results[0])):  # of one result, for one argument
+        for leaf in wanted:
+            results = both_ways(module, x, hx)
+            gradients = [
+                torch.autograd.grad(r[which], leaf, cotangents_of(r)[which], allow_unused=True)
+                for r in results
+            ]
+            assert_same(*gradients)
+
+
+@kinds
+def test_gives_the_second_derivatives_of_the_function(kind: Kind) -> None:
+    module, x, hx, leaves = recorded(kind, dtype=torch.float64, bidirectional=True)
+    found = []
+    for results in both_ways(module, x, hx):
+        first = torch.autograd.grad(results, leaves, cotangents_of(results), create_graph=True)
+        second = torch.autograd.grad([g.sin().sum() for g in first], leaves)
+        found.append((*first, *second))
+    assert_same(*found)
+    assert torch.autograd.gradcheck(lambda x: ops.layer_at_once(module, x, hx)[0], (x,))
+
+
+@kinds
+def test_many_gradients_at_once(kind: Kind) -> None:
+    module, x, hx, leaves = recorded(kind)
+    found = []
+    for output, *_ in both_ways(module, x, hx):
+        batch = torch.stack([torch.ones_like(output), -torch.ones_like(output)])
+        found.append(torch.autograd.grad(output, leaves, batch, is_grads_batched=True, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@kinds
+def test_autograd_keeps_its_promises(kind: Kind) -> None:
+    module, x, hx, leaves = recorded(kind)
+    output, *_ = both_ways(module, x, hx)[0]
+    # what was saved may be written over in the last pass alone
+    passes = [
+        torch.autograd.grad(output.sum(), leaves, retain_graph=k < 2, allow_unused=True) for k in range(3)
+    ]
+    assert_same(passes[0], passes[1])
+    assert_same(passes[0], passes[2])
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+    output, *_ = both_ways(module, x, hx)[0]
+    with torch.no_grad():
+        module.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@kinds
+def test_hooks_see_what_is_saved_and_keep_it(kind: Kind) -> None:
+    module, x, hx, leaves = recorded(kind)
+    kept: list[Tensor] = []
+    shapes, gradients = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for way in (ops.layer_at_once, long_way):
+            kept.clear()
+            output, *_ = tensors_of(way(module, x, hx))
+            before = [t.clone() for t in kept]
+            gradients.append(torch.autograd.grad(output.sum(), leaves, allow_unused=True))
+            assert_same(kept, before)
+            shapes.append([t.shape for t in kept])
+    assert shapes[0] == shapes[1]
+    assert_same(*gradients)
+
+
+def test_a_pass_that_failed_does_not_lend_what_it_may_have_spent() -> None:
+    """The gate gradients of a GRU take the place of its gates, which no second pass may read."""
+    module, x, hx, _ = recorded(GRU)
+    output, _ = ops.layer_at_once(module, x, hx)
+    right = module.weight_ih_l0.data
+    module.weight_ih_l0.data = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match="expected w_ih of size"):
+        output.sum().backward()
+    module.weight_ih_l0.data = right
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_mode_sees_the_backward_pass() -> None:
+    module, x, hx, _ = recorded(GRU)
+    output, _ = ops.layer_at_once(module, x, hx)
+    with _Seen() as seen:
+        output.sum().backward()
+    assert "fused_rnn.layer_backward.default" in seen.names
+
+
+def test_dropout_and_recompute_go_the_long_way() -> None:
+    module, x, _ = made(LSTM, num_layers=2, dropout=0.5)
+    assert not taken(module, x) and taken(module.eval(), x)
+    assert taken(made(LSTM, num_layers=2)[0], x)
+    module.recompute = True
+    assert not taken(module, x)
+
+    class Saving(fused_rnn.LSTM):
+        recompute = True
+
+    assert not taken(Saving(5, 7), x)
 
 
 @torch.no_grad()

@@ -20,13 +20,24 @@ bool someone_listens() {
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
+bool is_plain(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet kPlain(
+      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+#ifdef FRNN_WITH_CUDA
+       c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA,
+#endif
+       c10::DispatchKey::ADInplaceOrView});
+  return tensor.defined() && !(tensor.key_set().raw_repr() & ~kPlain.raw_repr());
+}
+
 const Tensor* plain_tensor(PyObject* object) {
-  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                        c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& tensor = THPVariable_Unpack(object);
-  if (!tensor.defined() || (tensor.key_set().raw_repr() & ~kPlain.raw_repr())) return nullptr;
-  return &tensor;
+  return is_plain(tensor) ? &tensor : nullptr;
+}
+
+bool goes_with(const Tensor* tensor, const Tensor& input) {
+  return !tensor || (tensor->scalar_type() == input.scalar_type() && tensor->device() == input.device());
 }
 
 bool find_states(PyObject* hx, bool cell_state, const Tensor*& h0, const Tensor*& c0) {

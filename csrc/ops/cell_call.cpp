@@ -26,11 +26,10 @@ struct CellTensors {
            state_fits(h0) && state_fits(c0) && bias_fits(b_ih) && bias_fits(b_hh) && !b_ih == !b_hh;
   }
 
-  bool of_one_dtype() const {
-    const at::ScalarType dtype = input->scalar_type();
+  bool go_together() const {
     for (const Tensor* t : all())
-      if (t && t->scalar_type() != dtype) return false;
-    return has_kernels(dtype);
+      if (!goes_with(t, *input)) return false;
+    return has_kernels(input->scalar_type());
   }
 
   bool recorded() const {
@@ -71,19 +70,23 @@ PyObject* cell_at_once(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const CellTraits traits = cell_traits(cell);
   CellTensors t;
   if (someone_listens() || !(t.input = plain_tensor(args[2])) || !find_parameters(args[1], t) ||
-      !find_states(args[3], traits.cell_state, t.h0, t.c0) || !t.fit(traits.gates) || !t.of_one_dtype())
+      !find_states(args[3], traits.cell_state, t.h0, t.c0) || !t.fit(traits.gates) || !t.go_together())
     Py_RETURN_NONE;
   // Copies: without the lock another thread may replace a parameter.
   const Tensor input = *t.input, w_ih = *t.w_ih, w_hh = *t.w_hh;
   const OptTensor h0 = optional(t.h0), c0 = optional(t.c0), b_ih = optional(t.b_ih), b_hh = optional(t.b_hh);
-  const bool recorded = t.recorded();
+  const bool with_gradients = t.recorded();
   Tensor h, c;
   {
     const pybind11::gil_scoped_release unlocked;
-    if (recorded)
-      std::tie(h, c) = recorded_cell(std::string(cell), input, h0, c0, w_ih, w_hh, b_ih, b_hh);
-    else
+    if (with_gradients) {
+      std::vector<Tensor> results =
+          recorded(std::string(cell), true, {input, h0, c0, w_ih, w_hh, b_ih, b_hh});
+      h = std::move(results[0]);
+      if (traits.cell_state) c = std::move(results[1]);
+    } else {
       std::tie(h, c, std::ignore) = cell_forward(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, false);
+    }
   }
   if (!traits.cell_state) return THPVariable_Wrap(std::move(h));
   return tuple_of(THPVariable_Wrap(std::move(h)), THPVariable_Wrap(std::move(c)));

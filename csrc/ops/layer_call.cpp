@@ -21,6 +21,8 @@ struct Names {
   PyObject* const batch_first = PyUnicode_InternFromString("batch_first");
   PyObject* const bidirectional = PyUnicode_InternFromString("bidirectional");
   PyObject* const training = PyUnicode_InternFromString("training");
+  PyObject* const dropout = PyUnicode_InternFromString("dropout");
+  PyObject* const recompute = PyUnicode_InternFromString("recompute");
   PyObject* const parameters = PyUnicode_InternFromString("_parameters");
   PyObject* const weights = PyUnicode_InternFromString("_flat_weights");
   PyObject* const weight_names = PyUnicode_InternFromString("_flat_weights_names");
@@ -60,29 +62,43 @@ class Attributes {
   bool failed_ = false;
 };
 
-// Whether a tensor is of this dtype, with no gradient to be recorded; null is.
-bool is_constant(const Tensor* tensor, at::ScalarType dtype) {
-  return !tensor || (tensor->scalar_type() == dtype && !is_recorded(tensor));
+// A module's attribute or, without one, its class's: False, and nothing else.
+bool is_false(PyObject* module, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(module, name);
+  if (!value) PyErr_Clear();
+  Py_XDECREF(value);
+  return value == Py_False;
 }
 
 struct LayerCall {
   std::string cell;
   int64_t input_size, state_size, hidden_size, layers, directions;
   bool batch_first, projected, cell_state;
+  bool with_gradients = false;
   Tensor input, h0, c0;                                // as they are given
   std::vector<std::vector<DirectionWeights>> weights;  // [layers][directions]
 
   bool take(PyObject* module, PyObject* given, PyObject* hx);
-  void run(Tensor& output, Tensor& hn, Tensor& cn);
+  std::vector<Tensor> run();
 
  private:
-  bool take_weights(Attributes& of, const Names& names, bool bias, at::ScalarType dtype);
+  std::vector<Tensor> run_layer(const Tensor& rows, int64_t k);
+  bool take_tensor(const Tensor* tensor, Tensor& to);
+  bool take_weights(Attributes& of, const Names& names, bool bias);
   bool states_fit(int64_t B) const;
 };
 
+// A copy: without Python's lock another thread may replace a parameter. An absent one stays undefined.
+bool LayerCall::take_tensor(const Tensor* tensor, Tensor& to) {
+  if (!goes_with(tensor, input)) return false;
+  if (tensor) to = *tensor;
+  with_gradients |= is_recorded(tensor);
+  return true;
+}
+
 // What torch.nn calls the flat weights, as long as they are the module's parameters still: not parametrized, pruned,
 // replaced in a way that torch.nn finds out at the next call.
-bool LayerCall::take_weights(Attributes& of, const Names& names, bool bias, at::ScalarType dtype) {
+bool LayerCall::take_weights(Attributes& of, const Names& names, bool bias) {
   PyObject* const parameters = of.get(names.parameters, [](PyObject* o) { return bool(PyDict_Check(o)); });
   const auto is_list = [](PyObject* o) { return bool(PyList_CheckExact(o)); };
   PyObject* const flat = of.get(names.weights, is_list);
@@ -95,9 +111,7 @@ bool LayerCall::take_weights(Attributes& of, const Names& names, bool bias, at::
     ++next;
     if (!PyUnicode_CheckExact(name) || PyDict_GetItemWithError(parameters, name) != weight) return false;
     const Tensor* const tensor = plain_tensor(weight);
-    if (!tensor || !is_constant(tensor, dtype)) return false;
-    to = *tensor;
-    return true;
+    return tensor && take_tensor(tensor, to);
   };
   weights.resize(layers);
   for (std::vector<DirectionWeights>& layer : weights) {
@@ -121,9 +135,12 @@ bool LayerCall::states_fit(int64_t B) const {
 // False where the call is none for here, or has an error that Python knows the words for.
 bool LayerCall::take(PyObject* module, PyObject* given, PyObject* hx) {
   const Tensor* const x = plain_tensor(given);
-  if (!x || x->dim() != 3 || !has_kernels(x->scalar_type()) || is_recorded(x)) return false;
-
+  if (!x || x->dim() != 3 || !has_kernels(x->scalar_type())) return false;
   static const Names names;
+  if (!is_false(module, names.recompute)) return false;
+  input = *x;
+  with_gradients = is_recorded(x);
+
   Attributes of(module);
   PyObject* const mode = of.get(names.mode, [](PyObject* o) { return bool(PyUnicode_CheckExact(o)); });
   input_size = of.number(names.input_size), hidden_size = of.number(names.hidden_size);
@@ -133,7 +150,10 @@ bool LayerCall::take(PyObject* module, PyObject* given, PyObject* hx) {
   batch_first = of.flag(names.batch_first);
   const bool bias = of.flag(names.bias);
   if (of.failed() || layers < 1) return false;
-  if (layers > 1 && of.flag(names.training)) return false;  // dropout, maybe
+  if (layers > 1 && of.flag(names.training)) {
+    PyObject* const dropout = of.get(names.dropout, [](PyObject* o) { return bool(PyFloat_CheckExact(o)); });
+    if (!dropout || PyFloat_AS_DOUBLE(dropout) != 0) return false;
+  }
 
   Py_ssize_t length = 0;
   const char* const text = PyUnicode_AsUTF8AndSize(mode, &length);
@@ -146,39 +166,47 @@ bool LayerCall::take(PyObject* module, PyObject* given, PyObject* hx) {
   cell_state = cell_traits(cell).cell_state;
 
   const Tensor *h = nullptr, *c = nullptr;
-  if (!find_states(hx, cell_state, h, c) || !is_constant(h, x->scalar_type()) ||
-      !is_constant(c, x->scalar_type()))
-    return false;
-  // Copies: without the lock another thread may replace a parameter.
-  input = *x;
-  if (h) h0 = *h;
-  if (c) c0 = *c;
+  if (!find_states(hx, cell_state, h, c) || !take_tensor(h, h0) || !take_tensor(c, c0)) return false;
   const int64_t T = input.size(batch_first ? 1 : 0), B = input.size(batch_first ? 0 : 1);
-  return T > 0 && input.size(2) == input_size && states_fit(B) &&
-         take_weights(of, names, bias, x->scalar_type());
+  return T > 0 && input.size(2) == input_size && states_fit(B) && take_weights(of, names, bias);
 }
 
-void LayerCall::run(Tensor& output, Tensor& hn, Tensor& cn) {
-  const PlainDispatch guard;
-  const CellTraits traits = cell_traits(cell);
-  std::vector<Tensor> last_h, last_c;
-  output = batch_first ? input.transpose(0, 1) : input;
+// Output, hn and, of a cell with a cell state, cn.
+std::vector<Tensor> LayerCall::run_layer(const Tensor& rows, int64_t k) {
+  const auto part = [&](const Tensor& state) {
+    if (!state.defined()) return OptTensor();
+    return OptTensor(layers == 1 ? state : state.narrow(0, k * directions, directions));
+  };
+  if (!with_gradients) {
+    auto [output, hn, cn, _] =
+        layer_of(cell_traits(cell), rows, {}, part(h0), part(c0), std::move(weights[k]), false);
+    return {output, hn, cn};
+  }
+  RecordedArguments arguments{rows, part(h0), part(c0)};
+  size_t next = 3;
+  for (const DirectionWeights& w : weights[k])
+    for (const Tensor& weight : {w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr}) arguments[next++] = weight;
+  return recorded(cell, false, arguments);
+}
+
+std::vector<Tensor> LayerCall::run() {
+  std::optional<PlainDispatch> guard;
+  if (!with_gradients) guard.emplace();
+  std::vector<Tensor> results, last_h, last_c;
+  Tensor rows = batch_first ? input.transpose(0, 1) : input;
   for (int64_t k = 0; k < layers; ++k) {
-    const auto part = [&](const Tensor& state) {
-      if (!state.defined()) return OptTensor();
-      return OptTensor(layers == 1 ? state : state.narrow(0, k * directions, directions));
-    };
-    std::tie(output, hn, cn, std::ignore) =
-        layer_of(traits, output, {}, part(h0), part(c0), std::move(weights[k]), false);
+    results = run_layer(rows, k);
+    rows = results[0];
     if (layers == 1) break;
-    last_h.push_back(hn);
-    last_c.push_back(cn);
+    last_h.push_back(results[1]);
+    if (cell_state) last_c.push_back(results[2]);
   }
   if (layers > 1) {
-    hn = at::cat(last_h);
-    if (cell_state) cn = at::cat(last_c);
+    results[1] = at::cat(last_h);
+    if (cell_state) results[2] = at::cat(last_c);
   }
-  if (batch_first) output = output.transpose(0, 1);
+  if (batch_first) results[0] = results[0].transpose(0, 1);
+  return results;
 }
 
 }  // namespace
@@ -188,14 +216,14 @@ PyObject* layer_at_once(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 3, "layer_at_once: expected module, input, hx");
   LayerCall call;
   if (someone_listens() || !call.take(args[0], args[1], args[2])) Py_RETURN_NONE;
-  Tensor output, hn, cn;
+  std::vector<Tensor> results;
   {
     const pybind11::gil_scoped_release unlocked;
-    call.run(output, hn, cn);
+    results = call.run();
   }
-  PyObject* states = THPVariable_Wrap(std::move(hn));
-  if (call.cell_state) states = tuple_of(states, THPVariable_Wrap(std::move(cn)));
-  return tuple_of(THPVariable_Wrap(std::move(output)), states);
+  PyObject* states = THPVariable_Wrap(std::move(results[1]));
+  if (call.cell_state) states = tuple_of(states, THPVariable_Wrap(std::move(results[2])));
+  return tuple_of(THPVariable_Wrap(std::move(results[0])), states);
   END_HANDLE_TH_ERRORS
 }
 

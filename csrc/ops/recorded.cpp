@@ -1,0 +1,183 @@
+// What autograd.Layer and autograd.Cell of fused_rnn/autograd.py do, for calls straight from Python (at_once.h): a
+// Function in C++ costs a third of one in Python. A backward pass that is itself recorded, or transformed, goes on in
+// Python.
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+
+#include "at_once.h"
+#include "gradients.h"
+
+namespace frnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int kCellArguments = 7;  // the first ones: a cell has one direction, and no projection
+// Of what is saved, behind the arguments.
+enum { kOutput = kRecordedArguments, kSaved, kSavedTensors };
+// Keys of what is kept beside tensors.
+constexpr const char *kCell = "cell", *kIsCell = "is_cell", *kUnseen = "unseen";
+
+struct Call {
+  const std::string& cell;
+  bool is_cell;
+};
+
+bool looked_into() {
+  return at::GradMode::is_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
+// Whether the backward pass that runs now is the only reader of what was saved, in one call of the operator.
+bool read_once(const variable_list& gradients, const variable_list& saved) {
+  const auto plain = [](const Tensor& t) { return !t.defined() || is_plain(t); };
+  return !torch::autograd::get_current_graph_task_keep_graph() &&
+         c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
+         std::all_of(gradients.begin(), gradients.end(), plain) &&
+         std::all_of(saved.begin(), saved.end(), plain);
+}
+
+OptTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : OptTensor(); }
+
+// By way of the dispatcher: gradients may be anything that a tensor can be, and modes may listen by now.
+Tensors7 call_cell_backward(const std::string& cell, const variable_list& g, const variable_list& t,
+                            int64_t needs) {
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fused_rnn::cell_backward", "")
+                               .typed<decltype(cell_backward)>();
+  const auto opt = if_defined;
+  return call.call(cell, opt(g[0]), opt(g[1]), opt(t[0]), opt(t[1]), opt(t[2]), t[3], t[4], opt(t[5]),
+                   opt(t[6]), t[kOutput], t[kSaved], needs);
+}
+
+Tensors14 call_layer_backward(const std::string& cell, const variable_list& g, const variable_list& t,
+                              int64_t needs) {
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fused_rnn::layer_backward", "")
+                               .typed<decltype(layer_backward)>();
+  const auto opt = if_defined;
+  return call.call(cell, opt(g[0]), opt(g[1]), opt(g[2]), opt(t[0]), {}, opt(t[1]), opt(t[2]), t[3], t[4],
+                   opt(t[5]), opt(t[6]), opt(t[7]), opt(t[8]), opt(t[9]), opt(t[10]), opt(t[11]), opt(t[12]),
+                   t[kOutput], t[kSaved], needs);
+}
+
+template <class Found>
+void put(const Found& found, variable_list& result) {
+  std::apply(
+      [&](const auto&... t) {
+        size_t k = 0;
+        ((k < kRecordedArguments ? void(result[++k] = t) : void()), ...);
+      },
+      found);
+}
+
+// Gradients that can be differentiated again: those of transforms.py.
+void put_open_gradients(const Call& call, const variable_list& gradients, const variable_list& t,
+                        const std::vector<bool>& wanted, variable_list& result) {
+  const pybind11::gil_scoped_acquire locked;
+  const auto list = [](auto first, auto last) {
+    pybind11::list items;
+    for (; first != last; ++first) items.append(pybind11::cast(*first));
+    return items;
+  };
+  const auto transforms = pybind11::module_::import("fused_rnn.transforms");
+  const pybind11::tuple wants(list(wanted.begin(), wanted.end()));
+  const pybind11::list given = list(gradients.begin(), gradients.end()),
+                       arguments = list(t.begin(), t.begin() + wanted.size());
+  const pybind11::object found =
+      call.is_cell
+          ? transforms.attr("cell_gradients")(call.cell, wants, given, arguments, t[kOutput], t[kSaved])
+          : transforms.attr("layer_gradients")(call.cell, pybind11::none(), wants, given, arguments,
+                                               t[kOutput], t[kSaved]);
+  size_t k = 0;
+  for (const pybind11::handle item : found) result[++k] = item.is_none() ? Tensor() : item.cast<Tensor>();
+}
+
+struct Recorded : torch::autograd::Function<Recorded> {
+  template <class... Given>
+  static variable_list forward(AutogradContext* ctx, const Call& call, const Given&... given) {
+    const RecordedArguments t{given...};
+    const CellTraits traits = cell_traits(call.cell);
+    variable_list results;
+    Tensor saved;
+    if (call.is_cell) {
+      results.resize(2);
+      std::tie(results[0], results[1], saved) =
+          cell_forward(call.cell, *t[0], t[1], t[2], *t[3], *t[4], t[5], t[6], true);
+    } else {
+      results.resize(3);
+      std::tie(results[0], results[1], results[2], saved) =
+          layer_forward(call.cell, *t[0], {}, t[1], t[2], *t[3], *t[4], t[5], t[6], t[7], t[8], t[9], t[10],
+                        t[11], t[12], true);
+    }
+    if (!traits.cell_state) results.pop_back();
+
+    variable_list kept;
+    kept.reserve(kSavedTensors);
+    for (const OptTensor& tensor : t) kept.push_back(tensor.value_or(Tensor()));
+    constexpr int kWeights = kFirstWeight;  // of the first direction
+    const auto varies = [&](int k) { return kept[k].defined() && kept[k].requires_grad(); };
+    if (!varies(kInput) && !varies(kWeights + kWih) && !varies(kWeights + kWeightCount + kWih))
+      kept[kInput] = Tensor();
+    kept.push_back(results[0]);
+    kept.push_back(saved);
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data[kCell] = call.cell;
+    ctx->saved_data[kIsCell] = call.is_cell;
+    // Where the gates' gradients are as large as what is saved, they may take its place, unless a hook has seen it.
+    ctx->saved_data[kUnseen] = !call.is_cell && traits.saved == traits.gate_grads &&
+                               at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+    ctx->set_materialize_grads(false);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    variable_list result(1 + kRecordedArguments);  // that of the call first
+    const auto absent = [](const Tensor& g) { return !g.defined(); };
+    if (std::all_of(gradients.begin(), gradients.end(), absent)) return result;
+    const variable_list t = ctx->get_saved_variables();
+    const std::string cell = ctx->saved_data[kCell].toStringRef();
+    const bool is_cell = ctx->saved_data[kIsCell].toBool();
+    gradients.resize(is_cell ? 2 : 3);
+
+    std::vector<bool> wanted(is_cell ? kCellArguments : kRecordedArguments);
+    int64_t needs = 0;
+    for (size_t k = 0, edge = 0; k < wanted.size(); ++k) {
+      if (k > 0 && !t[k].defined()) continue;  // the input alone is always there, whether it was kept or not
+      wanted[k] = ctx->needs_input_grad(edge++);
+      needs |= int64_t{wanted[k]} << k;
+    }
+    if (looked_into()) {
+      put_open_gradients({cell, is_cell}, gradients, t, wanted, result);
+    } else if (is_cell) {
+      put(call_cell_backward(cell, gradients, t, needs), result);
+    } else {
+      if (ctx->saved_data[kUnseen].toBool() && read_once(gradients, t)) {
+        needs |= int64_t{1} << kSavedIsSpent;
+        // Whatever happens from here on, no second pass may read it: torch says that it was changed in place.
+        t[kSaved].unsafeGetTensorImpl()->bump_version();
+      }
+      put(call_layer_backward(cell, gradients, t, needs), result);
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> recorded(const std::string& cell, bool is_cell, const RecordedArguments& arguments) {
+  return std::apply([&](const auto&... t) { return Recorded::apply(Call{cell, is_cell}, t...); }, arguments);
+}
+
+}  // namespace frnn
