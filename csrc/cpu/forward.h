@@ -27,6 +27,7 @@ CpuProblem problem_of(const Shape& s, int gates, int vectors, int threads) {
   p.units_per_panel = vectors * Vec<Accumulate<S>>::kSize;
   p.tile_rows = PackedProduct<S>::tile_rows(gates * vectors);
   p.itemsize = sizeof(S);
+  p.in_lanes = false;
   return p;
 }
 

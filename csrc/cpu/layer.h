@@ -3,6 +3,7 @@
 
 #include "forward.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -40,12 +41,23 @@ void run_layer(const Args& args, CpuProblem problem) {
   }
 }
 
+template <class Cell, class S>
+CpuProblem forward_problem(const Shape& shape, int threads) {
+  CpuProblem p = problem_of<S>(shape, Cell::kGates, panel_vectors<Cell>(), threads);
+  p.in_lanes = takes_lanes<S>(shape);
+  if (p.in_lanes) p.tile_rows = LaneProducts<Accumulate<S>>::kRowLanes;
+  return p;
+}
+
 template <class S>
 void forward(CellKind kind, const ForwardArgs<S>& args) {
   with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    run_layer<ForwardDirectionScan<Cell, S>>(
-        args, problem_of<S>(args.shape, Cell::kGates, panel_vectors<Cell>(), args.threads));
+    const CpuProblem problem = forward_problem<Cell, S>(args.shape, args.threads);
+    if constexpr (kDepth<S> == 1)
+      if (problem.in_lanes)
+        return run_layer<ForwardDirectionScan<Cell, S, LaneProducts<S>, LaneProducts<S>>>(args, problem);
+    run_layer<ForwardDirectionScan<Cell, S>>(args, problem);
   });
 }
 
@@ -53,7 +65,8 @@ template <class S>
 CpuProblem problem(CellKind kind, const Shape& shape, int threads, bool training) {
   return with_cell(kind, [&](auto cell) {
     using Cell = decltype(cell);
-    return problem_of<S>(shape, Cell::kGates, training ? 2 : panel_vectors<Cell>(), threads);
+    return training ? problem_of<S>(shape, Cell::kGates, 2, threads)
+                    : forward_problem<Cell, S>(shape, threads);
   });
 }
 

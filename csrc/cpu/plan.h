@@ -13,6 +13,7 @@ struct CpuProblem {
   int units_per_panel;  // units that one packed panel covers
   int tile_rows;        // most rows that one product tile can hold
   int itemsize;         // bytes of a number
+  bool in_lanes;        // rows stand side by side in vectors (lanes.h): the weights are never packed
 };
 
 struct CpuPlan {

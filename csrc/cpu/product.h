@@ -2,7 +2,8 @@
 // one result layout, acc[row][lane][unit of the vector]:
 //   packed: weights rearranged once a call as [k][lane][unit], or so for a part of the lanes after the other, so that a
 //   step reads them in order (bfloat16.h: pairs of k, [k/2][lane][unit][2]);
-//   direct: weights as torch lays them out, for calls too short to repay the packing.
+//   direct: weights as torch lays them out, for calls too short to repay the packing. lanes.h does the same with many
+//   rows.
 #pragma once
 
 #include "vector.h"
