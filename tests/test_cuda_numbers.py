@@ -28,6 +28,7 @@ from parity import (
     make_input,
     make_state,
     make_twins,
+    named_outputs,
     pack,
     run,
     tensors_of,
@@ -36,6 +37,8 @@ from parity import (
 )
 from test_cuda_small import Judged, draw_twins, judge, moved, run_on
 from torch import Tensor, nn
+
+from fused_rnn import ops
 
 pytestmark = pytest.mark.cuda
 
@@ -59,6 +62,31 @@ def precision(rnn: str, matmul: str | None = None) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- parity
+
+
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_call_at_once_gives_the_same_bits(kind, dtype, monkeypatch):
+    """The short way past Python and the dispatcher, and the same call without it."""
+    deep = {} if kind in CELLS else {"num_layers": 2, "bidirectional": True}
+    module = make_twins(kind, 8, 16, device=DEVICE, dtype=dtype, **deep).ours
+    x, hx = leaves(module, 5, 5)
+    name = "cell_at_once" if kind in CELLS else "layer_at_once"
+    way, taken = getattr(ops, name), []
+
+    def short(*arguments):
+        taken.append(way(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(ops, name, short)
+    found = run(module, x, hx)
+    with torch.no_grad():
+        inferred = named_outputs(module, module(x, hx))
+    assert len(taken) == 2 and all(result is not None for result in taken)
+    monkeypatch.setattr(ops, name, lambda *_: None)
+    assert_equal(found, run(module, x, hx))
+    with torch.no_grad():
+        assert_equal(inferred, named_outputs(module, module(x, hx)))
 
 
 PADDED = [pytest.param(kind, None, id=f"padded-{kind}") for kind in KINDS]
