@@ -200,25 +200,49 @@ def test_the_tests_are_shared_out(tmp_path):
 def test_tests_that_may_hang_have_a_process_of_their_own(tmp_path):
     """And no other process has them. The long soak test is for whoever asks for it."""
     commands = real_parts(tmp_path)["tests"].commands(1)
-    files = [word for word in commands.pop("tests persistent") if word.endswith(".py")]
-    assert files and all((ROOT / file).is_file() for file in files)
+    for name in gpu_check.STRATEGIES:
+        files = [word for word in commands.pop(f"tests {name}") if word.endswith(".py")]
+        assert files and all((ROOT / file).is_file() for file in files)
     for command in commands.values():
         assert {f"--ignore={file}" for file in files} <= set(command)
         assert command[command.index("-m", 3) + 1] == "cuda and not soak"
+
+
+COLLECT = """
+import sys, pytest
+class Names:
+    def pytest_collection_finish(self, session):
+        found.append({item.nodeid for item in session.items})
+found = []
+for names in sys.argv[1:]:
+    assert not pytest.main(["--collect-only", "-q", "-k", names, *%r], plugins=[Names()])
+assert all(found) and sum(map(len, found[1:])) == len(found[0]) == len(set().union(*found[1:]))
+"""
+
+
+def test_each_test_of_a_persistent_kernel_has_one_process(tmp_path):
+    commands = real_parts(tmp_path)["tests"].commands(1)
+    expressions = [commands[f"tests {name}"] for name in gpu_check.STRATEGIES]
+    expressions = [command[command.index("-k") + 1] for command in expressions]
+    script = COLLECT % (gpu_check.PERSISTENT_TESTS,)
+    command = [sys.executable, "-c", script, "test", *expressions]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_machine_with_few_cores_runs_few_processes(tmp_path, monkeypatch):
     for cores, processes in ((1, 1), (7, 1), (8, 2), (16, 4), (128, 4)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         commands = real_parts(tmp_path)["tests"].commands(1)
-        del commands["tests persistent"]
-        shares = [command[command.index("--share") + 1] for command in commands.values()]
+        shared = [command for command in commands.values() if "--share" in command]
+        assert len(commands) == len(shared) + len(gpu_check.STRATEGIES)
+        shares = [command[command.index("--share") + 1] for command in shared]
         assert shares == [f"{k}/{processes}" for k in range(processes)]
 
 
 def test_details_of_real_logs():
     log = "== tests 0\nx\n==== 3 failed, 900 passed, 8000 deselected, 2 warnings in 97.00s (0:01:37) ====\n"
-    log += "== tests 1\n903 passed, 1 skipped in 95.11s\n== tests persistent\n.....F"
+    log += "== tests 1\n903 passed, 1 skipped in 95.11s\n== tests block\n.....F"
     details = gpu_check.tests_details(log)
     assert details == "3 failed, 1803 passed, 1 skipped, 1 processes did not finish"
     assert gpu_check.last_line("") == ""
@@ -248,6 +272,12 @@ def test_details_of_real_logs():
 
 XML = """<testsuites><testsuite><testcase classname="tests.test_cuda" name="test_graph[LSTM]"><failure/></testcase>
 <testcase classname="tests.test_cuda" name="test_streams"/></testsuite></testsuites>"""
+REPORT = """
+from pathlib import Path
+Path({0!r}).parent.mkdir()
+Path({0!r}).write_text({1!r})
+raise SystemExit(1)
+"""
 
 
 @pytest.fixture
@@ -265,13 +295,12 @@ def machine(monkeypatch, tmp_path):
         gpu_check, "probe", lambda: {"torch": "2.11.0", "cuda": "13.0", "gpus": ["NVIDIA H200"]}
     )
     monkeypatch.setattr(gpu_check, "IN_TREE", tmp_path / "in-tree")
+    monkeypatch.setattr(gpu_check, "REPORTS", reports := tmp_path / "reports")
 
     def parts(out: Path, sanitizer, commit):
         return [
             stage.part("build", 20, PASSES, needed=True),
-            stage.part(
-                "tests", 20, f"open({str(out / 'tests-0.xml')!r}, 'w').write({XML!r}); raise SystemExit(1)"
-            ),
+            stage.part("tests", 20, REPORT.format(str(reports / "0.xml"), XML)),
             stage.part("sanitizer", 20),
             stage.part("benchmark", 20, f"open({str(out / 'benchmark.json')!r}, 'w').write({text!r})"),
             stage.part(
@@ -292,7 +321,7 @@ def test_what_a_run_leaves_and_says(machine, tmp_path, capfd):
     results = "nvidia-h200-2026-11-24-0123abc-modified.json"
     persistent = results.replace(".json", "-persistent.json")
     logs = ["benchmark-persistent.log", "benchmark.log", "build.log"]
-    assert kept == [*logs, persistent, results, "summary.md", "tests.log", "tests.xml"]
+    assert kept == [*logs, persistent, results, "summary.md", "tests.log"]
     text = (out / "summary.md").read_text()
     assert "NVIDIA H200; torch 2.11.0, CUDA 13.0" in text
     assert re.search(r"\| tests \| failed \| \d+ \|", text) and re.search(r"\| build \| passed \|", text)

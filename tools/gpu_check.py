@@ -7,15 +7,15 @@ the packages setuptools, ninja, numpy, pytest and hypothesis. Nothing is install
 where git ignores it. The parts:
 
     build        the extension, in place, for this machine's GPUs alone
-    tests        pytest -m cuda, in up to four processes at once, one for every four cores, and one more for the
-                 persistent kernels: a wait that never ends would take others with it
+    tests        pytest -m cuda, in up to four processes at once, one for every four cores, and four more for the
+                 persistent kernels: one whose kernel fails or never ends can use the GPU no more
     sanitizer    compute-sanitizer's memcheck, racecheck and synccheck at once, over tests/test_cuda_small.py
     benchmark    fused-rnn-bench run --suite core against torch.nn, eager and graph-captured
     benchmark-persistent   the same with --plan persistent, in the dtypes that these kernels have
 
 Each part has its own share of the time, and what it leaves over goes to those after it. A part that fails or runs
 out of time stops no other, except that nothing can be said without a build. Exit status 0: every part passed; 1: one
-did not; 2: there is no GPU, and nothing was done. The folder then holds summary.md, the logs, tests.xml and, for
+did not; 2: there is no GPU, and nothing was done. The folder then holds summary.md, a log of each part and, for
 `fused-rnn-bench report` and `compare`, <gpu>-<date>-<commit>.json and <gpu>-<date>-<commit>-persistent.json.
 """
 
@@ -43,10 +43,18 @@ FOUND_NO_GPU = 2
 
 # `import fused_rnn_bench` from a tree that is not installed: the name of its folder is benchmarks.
 IN_TREE = ROOT / "build" / "in-tree"
+REPORTS = ROOT / "build" / "test-reports"  # of pytest's processes
 
 DTYPES = "bf16,fp16,tf32,fp32"
 # What runs the persistent kernels. The sanitizers run the second.
 PERSISTENT_TESTS = ("tests/test_cuda_persistent_gpu.py", "tests/test_cuda_small.py")
+# Each of them once, by the strategies in its name: a pair is the grid's, or the cluster's.
+STRATEGIES = {
+    "block": "block and not cluster and not grid",
+    "cluster": "cluster and not grid",
+    "grid": "grid",
+    "others": "not block and not cluster and not grid",
+}
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # The benchmark's files while it runs, by what is added to the name that they get.
 DRAFTS = {"": "benchmark.json", "persistent": "benchmark-persistent.json"}
@@ -112,8 +120,10 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
         for k in range(number):
             share = ["-p", "share_of_tests", "--share", f"{k}/{number}"]
             share += [f"--ignore={path}" for path in PERSISTENT_TESTS]
-            found[f"tests {k}"] = [*chosen, *share, f"--junitxml={out / f'tests-{k}.xml'}", "tests"]
-        found["tests persistent"] = [*chosen, f"--junitxml={out / 'tests-persistent.xml'}", *PERSISTENT_TESTS]
+            found[f"tests {k}"] = [*chosen, *share, f"--junitxml={REPORTS / f'{k}.xml'}", "tests"]
+        for name, names in STRATEGIES.items():
+            share = ["-k", names, f"--junitxml={REPORTS / f'{name}.xml'}"]
+            found[f"tests {name}"] = [*chosen, *share, *PERSISTENT_TESTS]
         return found
 
     def sanitized(_: float) -> dict[str, Command]:
@@ -288,19 +298,15 @@ def keep_results(out: Path, added: str = "") -> Path | None:
     return draft.rename(out / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"))
 
 
-def keep_tests(out: Path) -> list[str]:
-    """Put the processes' reports together in tests.xml, and tell which tests failed."""
-    whole = ElementTree.Element("testsuites")
-    reports = sorted(out.glob("tests-*.xml"))
-    for report in reports:
+def failed_tests() -> list[str]:
+    """By the reports of pytest's processes."""
+    failed = []
+    for report in sorted(REPORTS.glob("*.xml")):
         with contextlib.suppress(ElementTree.ParseError):
-            whole.extend(ElementTree.parse(report).getroot())
-        report.unlink()
-    if reports:
-        ElementTree.ElementTree(whole).write(out / "tests.xml")
-    cases = whole.iter("testcase")
-    failed = (case for case in cases if case.find("failure") is not None or case.find("error") is not None)
-    return [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+            cases = [*ElementTree.parse(report).iter("testcase")]
+            bad = (case for case in cases if {child.tag for child in case} & {"failure", "error"})
+            failed += [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    return failed
 
 
 def speedups(chosen: Path | None, forced: Path | None) -> str:
@@ -336,7 +342,7 @@ def summary(machine: dict, outcomes: Sequence[Outcome], failed: Sequence[str], t
         outcome_table(outcomes),
     ]
     if failed:
-        more = [f"and {len(failed) - 20} more, in tests.xml"] if len(failed) > 20 else []
+        more = [f"and {len(failed) - 20} more, in tests.log"] if len(failed) > 20 else []
         pages.append("Failed tests:\n\n" + "\n".join(f"- {name}" for name in (*failed[:20], *more)))
     if tables:
         pages.append(tables)
@@ -380,8 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FOUND_NO_GPU
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("tests-*.xml"), *(out / draft for draft in DRAFTS.values())):
-        old.unlink(missing_ok=True)
+    for draft in DRAFTS.values():
+        (out / draft).unlink(missing_ok=True)
+    shutil.rmtree(REPORTS, ignore_errors=True)
     IN_TREE.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         (IN_TREE / "fused_rnn_bench").symlink_to(os.path.relpath(ROOT / "benchmarks", IN_TREE))
@@ -390,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes = run_all(parts(out, find_sanitizer(), options.commit), out)
     tables = speedups(*(keep_results(out, added) for added in DRAFTS))
-    text = summary(machine, outcomes, keep_tests(out), tables)
+    text = summary(machine, outcomes, failed_tests(), tables)
     (out / "summary.md").write_text(text)
     print(f"\n{text}\nin {out}", flush=True)
     return 1 if any(outcome.bad for outcome in outcomes) else 0
