@@ -105,12 +105,12 @@ def test_sources_tell_no_other_architectures_apart() -> None:
 @pytest.mark.parametrize(
     ("toolkit", "environ", "gpus", "expected"),
     [
-        (NEWEST, {}, [], ["75", "80", "86", "89", "90", "100", "120+PTX"]),
-        (OLDER, {}, [], ["75", "80", "86", "89", "90+PTX"]),
+        (NEWEST, {}, [], ["75", "80", "86", "90", "100", "120+PTX"]),
+        (OLDER, {}, [], ["75", "80", "86", "90+PTX"]),
         (NEWEST, {}, ["9.0"], ["90"]),
         (NEWEST, {}, ["8.0", "12.1"], ["80", "121"]),
         (NEWEST, {}, ["6.1", "8.6"], ["86"]),
-        (OLDER, {}, ["12.0"], ["75", "80", "86", "89", "90+PTX"]),  # newer than nvcc: the driver translates
+        (OLDER, {}, ["12.0"], ["75", "80", "86", "90+PTX"]),  # newer than nvcc: the driver translates
         (NEWEST, {"TORCH_CUDA_ARCH_LIST": "8.9"}, ["9.0"], ["89"]),
         (NEWEST, {"TORCH_CUDA_ARCH_LIST": "native"}, ["9.0"], ["90"]),
         (NEWEST, {"TORCH_CUDA_ARCH_LIST": " "}, ["9.0"], ["90"]),
