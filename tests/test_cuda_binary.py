@@ -30,6 +30,7 @@ ARCHS = tuple(name.removeprefix("sm_") for name in _C.cuda_archs() if name.start
 CELLS = ("Rnn<Tanh>", "Rnn<Relu>", "Gru", "Lstm")
 NUMBERS = ("float", "double", "Half", "BFloat16")
 EXACT = "Exact"  # float32 in kernels of its own, where plain float is multiplied in TF32
+EXCHANGES = ("block", "cluster", "grid")  # in the order of enum Exchange
 
 # The numbers that a kernel takes, where they are not all of these.
 TAKES: dict[str, tuple[str, ...]] = {
@@ -37,9 +38,10 @@ TAKES: dict[str, tuple[str, ...]] = {
     "persistent_backward_kernel": ("float", EXACT, "Half", "BFloat16"),
 }
 
-# Disassembling takes seconds an architecture. Which instruction is chosen differs between generations, so the oldest
-# that was built, the newest, and Hopper, which has instructions of its own, stand for all.
-READ = tuple(dict.fromkeys((*ARCHS[:1], *(arch for arch in ARCHS if arch == "90"), *ARCHS[-1:])))
+# Disassembling takes seconds an architecture. Which instruction is chosen differs between generations, so the oldest of
+# each that was built, and the newest of all, stand for all.
+OLDEST = {tools.Arch(arch).generation: arch for arch in reversed(ARCHS)}
+READ = tuple(dict.fromkeys((*reversed(OLDEST.values()), *ARCHS[-1:])))
 
 
 class Promise(NamedTuple):
@@ -49,7 +51,14 @@ class Promise(NamedTuple):
     holds: tuple[str, ...]
     never: tuple[str, ...] = ()
     since: int = 75  # the first architecture
+    until: int = 999  # the first on which there is none
 
+
+TENSOR = (r"HMMA", r"LDSM")
+SCALAR = (r"FFMA", r"SHFL\.BFLY")
+# Where there are which tiles, `since` and `until`: tile_exists in csrc/cuda/persistent.h.
+EXACT_TILES = (("1, block", (80,)), ("4, cluster", (90,)), ("8, grid", (80,)))
+TILES = (*EXACT_TILES, ("2, cluster", (90,)), ("[24], grid", (80, 90)))
 
 PROMISES = (
     # a thread's vector is loaded and stored by one instruction each (the byte is `reset`)
@@ -63,10 +72,14 @@ PROMISES = (
         (r"LDG\.E\.128", r"STG\.E\.64"),
         (r"LDG\.E(?!\.128|\.64|\.U8)", r"STG\.E(?!\.128|\.64)"),
     ),
-    # products on tensor cores, unless they must be exact; k_groups 1 and 8 are on every architecture
-    Promise(r"persistent_\w+_kernel<.*, (float|Half|BFloat16), [18], ", (r"HMMA", r"LDSM"), since=80),
-    Promise(
-        r"persistent_\w+_kernel<.*, Exact, [18], ", (r"FFMA", r"SHFL\.BFLY"), (r"HMMA", r"LDSM"), since=80
+    # products on tensor cores, unless they must be exact
+    *(
+        Promise(rf"persistent_\w+_kernel<.*, (float|Half|BFloat16), {tile}>", TENSOR, (), *archs)
+        for tile, archs in TILES
+    ),
+    *(
+        Promise(rf"persistent_\w+_kernel<.*, Exact, {tile}>", SCALAR, TENSOR, *archs)
+        for tile, archs in EXACT_TILES
     ),
     # the weights, whatever their dtype
     Promise(r"step_fused_kernel<.*>", (r"LDG\.E\.128",)),
@@ -112,7 +125,8 @@ def readable() -> dict[str, str]:
     mangled = sorted({name for _, name in resources()})
     assert shutil.which("c++filt"), "c++filt comes with every C++ compiler"
     names = output("c++filt", text="\n".join(mangled)).splitlines()
-    short = (re.sub(r"\(.*|^void |\bfrnn::|\bscalar::", "", name) for name in names)
+    named = (re.sub(r"\(frnn::Exchange\)(\d)", lambda it: EXCHANGES[int(it[1])], name) for name in names)
+    short = (re.sub(r"\(.*|^void |\bfrnn::|\bscalar::", "", name) for name in named)
     return dict(zip(mangled, short, strict=True))
 
 
@@ -226,7 +240,7 @@ def test_a_block_finds_its_registers():
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.kernel)
 def test_kernels_hold_the_instructions_that_they_were_written_for(promise):
     for arch in READ:
-        if int(re.match(r"\d+", arch)[0]) < promise.since:
+        if not promise.since <= tools.Arch(arch).number < promise.until:
             continue
         chosen = {
             name: held for name, held in instructions()[arch].items() if re.fullmatch(promise.kernel, name)

@@ -73,7 +73,7 @@ def test_every_tile(machine: Emulated, cell: str, numbers: str, name: str) -> No
 HIDDEN = {
     "block": (1, 7, 64, 65, 128),
     "cluster 2": (1, 65, 129, 200, 256),
-    "cluster 4": (7, 200),
+    "cluster 4": (7, 200, 270),  # more blocks than CUDA promises room for in a cluster
     "grid 2": (65, 200),
     "grid 4": (7, 129),
     "grid 8": (1, 130, 260),

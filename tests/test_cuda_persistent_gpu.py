@@ -39,7 +39,7 @@ from test_cuda_small import draw_twins, run_on
 from test_ops import CELLS, wanted_bits
 from torch.profiler import ProfilerActivity, profile
 
-from fused_rnn import _C, ops
+from fused_rnn import _C, ops, reference
 
 KINDS = (RNN, RNN_RELU, GRU, LSTM)
 STEPS = {"step", "step_fused"}
@@ -126,15 +126,17 @@ def widened(value):
     return value.detach().float().requires_grad_()
 
 
-@places
+@places_and_numbers("bf16", "tf32", "fp32")
 @tiers
 @cells
-def test_nan_and_infinity_stay_in_their_row(cell, tier, place: Place):
-    """Row 2 gets a NaN at step 1, row 5 an infinity; what the other rows get is the same, bit for bit."""
-    with place.open():
-        H = 40 if place is EMULATED else reach(tier, torch.bfloat16) // 2 + 3
-        arguments = problem(cell, 4, 9, 5, H, directions=1, dtype=torch.bfloat16)
-        gradients, _ = gradients_like(cell, arguments, torch.bfloat16)
+def test_nan_and_infinity_stay_in_their_row(cell, numbers, tier, place: Place):
+    """Row 2 gets a NaN at step 1, row 5 an infinity at step 0: what the other rows get is the same, bit for bit, and in
+    these both are where they are in torch."""
+    dtype = NUMBERS[numbers]
+    with place.open(numbers):
+        H = 40 if place is EMULATED else reach(tier, dtype) // 2 + 3
+        arguments = problem(cell, 4, 9, 5, H, directions=1, dtype=dtype)
+        gradients, _ = gradients_like(cell, arguments, dtype)
         clean = both_passes(place, cell, arguments, gradients, tier, tier)
         arguments[0][1, 2, 0] = float("nan")
         arguments[0][0, 5, 0] = float("inf")
@@ -145,6 +147,9 @@ def test_nan_and_infinity_stay_in_their_row(cell, tier, place: Place):
     assert torch.equal(found[0][0, 2], clean[0][0, 2]), "before the NaN"
     assert found[0][1:, 2].isnan().all() and found[1][:, 2].isnan().all()
     assert not torch.equal(found[0][:, 5], clean[0][:, 5])
+    for ours, exact in zip(found[:3], reference.layer(cell, *upcast(arguments)), strict=True):
+        if ours is not None:
+            assert torch.equal(ours.isnan(), exact.isnan()) and torch.equal(ours.isinf(), exact.isinf())
 
 
 @places

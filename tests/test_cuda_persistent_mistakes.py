@@ -84,6 +84,9 @@ MISTAKES = {
         "      }\n    }\n    __syncthreads();\n    return initial();",
         "      }\n    }\n    return initial();",
     ),
+    "grid: takes what the launch before has left": Mistake(
+        "grid", "persistent.cuh", "static_cast<size_t>(bytes), static_cast", "0, static_cast"
+    ),
     "forward: adds sums that are not there": Mistake(
         "cluster", "persistent_forward.cuh", "      if constexpr (kGroups > 1) __syncthreads();\n", ""
     ),
@@ -129,7 +132,7 @@ def compiled(kernel: str, mistake: Mistake | None) -> Emulated:
 
 
 def fails(kernel: str, machine: Emulated, seed: int) -> str:
-    """What is wrong with a forward and a backward pass in one schedule; empty: nothing."""
+    """What is wrong with a forward pass, in two launches, and a backward pass in one schedule; empty: nothing."""
     machine.seed(seed)
     machine.library.frnn_emulation_set_yield_probability(0.05)
     numbers = "fp32" if kernel == "exact" else "bf16"
@@ -138,7 +141,7 @@ def fails(kernel: str, machine: Emulated, seed: int) -> str:
     shape = tile(*KERNELS[kernel])
     try:
         states, gradients = layer.reference()
-        pairs = list(zip(layer.forward(shape)[:2], states, strict=False))
+        pairs = list(zip(layer.forward(shape, cuts=(2,))[:2], states, strict=False))
         pairs += [(ours, gradients[key]) for key, ours in layer.backward(shape).items()]
     except RuntimeError as error:
         return str(error)

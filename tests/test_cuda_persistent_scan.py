@@ -137,6 +137,10 @@ def test_agrees_with_reference(cell: str, T: int, B: int, I: int, H: int, number
     dtype = use(numbers)
     if tier == "block":  # what it reaches, in test_plan.py
         H = min(H, 64 if dtype == torch.float32 else 128)
+    sizes = {"T": T, "B": B, "I": I, "H": H, "directions": 2}
+    with fused_rnn.force_plan(tier):
+        plan = _C.plan(cell=cell, dtype=numbers, **sizes, packed=B > 1, training=True, arch="sm_90")
+    assert (plan["strategy"], plan["backward_strategy"]) == (tier, tier), "no step kernel takes its place"
     arguments = problem(cell, T, B, I, H, directions=2, packed=B > 1, dtype=dtype)
     check(cell, arguments, tier)
 
@@ -164,6 +168,22 @@ def test_every_form(cell: str, directions: int, packed: bool, states: bool, bias
     options = {"directions": directions, "packed": packed, "states": states, "bias": bias}
     arguments = make_layer(cell, 5, 11, 6, 20, dtype=torch.float16, **options)
     check(cell, arguments, tier)
+
+
+@tiers
+@cells
+def test_both_directions_and_all_steps_are_one_launch(cell: str, tier: str) -> None:
+    """Two cooperative launches on two streams might wait for each other for ever."""
+    arguments = make_layer(cell, 5, 11, 6, 20, directions=2, dtype=torch.float16)
+    runtime = emulated.load().runtime
+    with forced(tier):
+        before = runtime.frnn_emulation_launches()
+        output, _, _, saved = ops.layer_forward(cell, *arguments, True)
+        between = runtime.frnn_emulation_launches()
+        gradients = [torch.ones_like(output), None, None]
+        ops.layer_backward(cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
+        after = runtime.frnn_emulation_launches()
+    assert (between - before, after - between) == (1, 1)
 
 
 @tiers
