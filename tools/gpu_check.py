@@ -53,8 +53,8 @@ STRATEGIES = {
     "block": "block and not cluster and not grid",
     "cluster": "cluster and not grid",
     "grid": "grid",
-    "others": "not block and not cluster and not grid",
 }
+STRATEGIES["others"] = f"not ({' or '.join(STRATEGIES)})"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # The benchmark's files while it runs, by what is added to the name that they get.
 DRAFTS = {"": "benchmark.json", "persistent": "benchmark-persistent.json"}
@@ -63,11 +63,9 @@ BENCHMARK_MARGIN = 25.0  # seconds for what its own budget does not count: impor
 
 PROBE = """
 import json, torch
-gpu = torch.cuda.is_available()
-print(json.dumps({
-    "torch": torch.__version__, "cuda": torch.version.cuda,
-    "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if gpu else [],
-}))
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+gpus = [torch.cuda.get_device_name(i) for i in range(count)]
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}))
 """
 
 Command = list[str]
@@ -303,9 +301,9 @@ def failed_tests() -> list[str]:
     failed = []
     for report in sorted(REPORTS.glob("*.xml")):
         with contextlib.suppress(ElementTree.ParseError):
-            cases = [*ElementTree.parse(report).iter("testcase")]
-            bad = (case for case in cases if {child.tag for child in case} & {"failure", "error"})
-            failed += [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+            for case in ElementTree.parse(report).iter("testcase"):
+                if {child.tag for child in case} & {"failure", "error"}:
+                    failed.append(f"{case.get('classname')}::{case.get('name')}")
     return failed
 
 
