@@ -59,31 +59,33 @@ struct BackwardDirection {
   // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
   Accumulate<T>* carry;
   T* dh0;  // [B, Hr] or null: not wanted. The GRU's carry is added into it
+  // What a second derivative adds on the way (DualBackwardDirection); false or null: nothing.
+  bool adds;                        // `dgates` holds what is added to it
+  const Accumulate<T>* adds_carry;  // [N, H], added to what the row's step leaves in `carry`
+  const T* adds_previous;           // [N, Hr], added to the gradient of the row's h_{t-1}
 };
 
 // One direction of a layer, forward, with how it changes when its arguments do: x -> x + tangent.
 template <class T>
 struct TangentDirection {
   bool reverse;
-  const T* w_hh;        // [G*H, Hr]
-  const T* w_hr;        // [P, H] or null
-  const T* h0;          // [B, Hr] or null: zero
-  const T* c0;          // [B, H] or null: zero
-  const T* output;      // [N, Hr], row stride output_stride
-  const T* saved;       // [N, kSaved*H]
-  const T* x_tangent;   // [N, G*H], of the input side of the pre-activations but for b_ih, or null: zero
-  const T* hh_tangent;  // [N, G*H], of their recurrent side, the part due to w_hh, or null: zero
-  // Multiplied step by step; null: zero, or their products are in x_tangent and hh_tangent.
-  const T* x;             // [N, I]
-  const T* x_change;      // [N, I]
-  const T* w_ih;          // [G*H, I]
+  const T* w_hh;    // [G*H, Hr]
+  const T* w_hr;    // [P, H] or null
+  const T* h0;      // [B, Hr] or null: zero
+  const T* c0;      // [B, H] or null: zero
+  const T* output;  // [N, Hr], row stride output_stride
+  const T* saved;   // [N, kSaved*H]
+  const T* x;       // [N, I]
+  const T* w_ih;    // [G*H, I]
+  // Null: no change.
+  const T* x_tangent;     // [N, I]
   const T* w_ih_tangent;  // [G*H, I]
   const T* w_hh_tangent;  // [G*H, Hr]
-  const T* b_ih_tangent;  // [G*H] or null: zero
-  const T* b_hh_tangent;  // likewise
-  const T* hr_tangent;    // [N, P], of the projected state, the part due to w_hr, or null: zero
-  const T* h0_tangent;    // [B, Hr] or null: zero
-  const T* c0_tangent;    // [B, H] or null: zero
+  const T* b_ih_tangent;  // [G*H]
+  const T* b_hh_tangent;  // [G*H]
+  const T* hr_tangent;    // [N, P], of the projected state, the part due to w_hr
+  const T* h0_tangent;    // [B, Hr]
+  const T* c0_tangent;    // [B, H]
   T* output_tangent;      // [N, Hr], row stride output_stride
   int64_t output_stride;
   T* hn_tangent;     // [B, Hr]
@@ -91,19 +93,17 @@ struct TangentDirection {
   T* saved_tangent;  // [N, kSaved*H]
 };
 
-// Backward, with how it changes: through the tangents of the pass forward, and those of the weights.
+// The gates' gradients of the backward pass once more, and how they change at each step by themselves, while what
+// arrives from the step after stays as it is. A backward scan carries these changes on.
 template <class T>
 struct DualBackwardDirection {
   TangentDirection<T> forward;
-  const T* w_hh_tangent;  // [G*H, Hr] or null: zero
-  const T* w_hr_tangent;  // [P, H] or null: zero
-  const T* dh;            // [N, Hr], as in BackwardDirection
-  T* dh_tangent;          // likewise; null without a projection
-  T* dgates;              // [N, kGateGrads*H]
-  T* dgates_tangent;      // likewise
-  T* carry;               // [B, H], as in BackwardDirection
-  T* carry_tangent;       // [B, H], holds zero, becomes that of the gradient of c_0
-  T* dh0_tangent;         // [B, Hr] or null: not wanted
+  const T* dh;         // [N, H], the gradient of every h_t, before a projection
+  const T* dh_change;  // [N, H], the part due to w_hr, or null: zero
+  T* carry;            // [B, H], as in BackwardDirection
+  T* dgates;           // [N, kGateGrads*H]
+  T* dgates_change;    // likewise
+  T* carry_change;     // [N, H], of what the row's step leaves in `carry`; null for cells without one
 };
 
 template <class Direction>

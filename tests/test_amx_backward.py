@@ -76,12 +76,15 @@ class Tensors(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("h0", "c0", "output", "saved", "grad_output", "grad_hn", "dgates", "dh"),
-            *("carry", "dh0", "w_hh", "w_hh_reverse"),
+            *("carry", "dh0", "w_hh", "w_hh_reverse", "adds_carry", "adds_previous"),
         )
     ]
 
 
-def emulated(function: Callable, case: Case, parts: int = 3) -> dict[str, Tensor | None]:
+def emulated(
+    function: Callable, case: Case, parts: int = 3, adds: tuple[Tensor, ...] = (None,) * 3
+) -> dict[str, Tensor | None]:
+    """`adds`: what is added to the gates' gradients, to the carry and to the gradients of h_{t-1}, [D, N, ...]."""
     traits = ops.CELLS[case.cell]
     output, w_hh, w_hh_reverse = case.output, case.weights[1], case.weights[6]
     D, H = 2 if w_hh_reverse is not None else 1, w_hh.size(1)
@@ -93,12 +96,14 @@ def emulated(function: Callable, case: Case, parts: int = 3) -> dict[str, Tensor
     lengths = (sizes[None, :] > torch.arange(B)[:, None]).sum(1)
     grad_output, grad_hn, grad_cn = case.gradients
     dgates, dh0 = output.new_empty(D, N, traits.gate_grads * H), output.new_empty(D, B, H)
+    if adds[0] is not None:
+        dgates.copy_(adds[0])
     carry = torch.zeros(D, B, H)  # unused by cells without one
     if grad_cn is not None:
         carry = grad_cn.float().clone()
     dh = output.new_empty(D, N, H)
     tensors = (case.h0, case.c0, output, case.saved, grad_output, grad_hn, dgates, dh, carry, dh0)
-    pointers = [None if t is None else t.data_ptr() for t in (*tensors, w_hh, w_hh_reverse)]
+    pointers = [None if t is None else t.data_ptr() for t in (*tensors, w_hh, w_hh_reverse, *adds[1:])]
     left = function(
         case.cell.encode(),
         (ctypes.c_int64 * 5)(T, B, H, D, N),
@@ -202,6 +207,38 @@ def test_gradients_of_any_size_keep_the_law(cell: str, scale: float, amx_float: 
         case.gradients = [None if g is None else g * scale for g in case.gradients]
         cases.append(case)
     assert_float_law(amx_float, *cases)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("T, B, H, threads", [(1, 5, 33, 1), (3, 40, 70, 2), (4, 70, 129, 1)])
+def test_what_a_second_derivative_adds(cell: str, T: int, B: int, H: int, threads: int, library) -> None:
+    """The scan is linear: what is added at a step arrives at the one before as its product with the weights does, or
+    past it. Of one direction: the carry of an LSTM's cell state is told from others where it leaves the layer."""
+    torch.set_num_threads(threads)
+    case = Case(cell, T, B, H, torch.float32)
+    traits = ops.CELLS[cell]
+    scan = functools.partial(emulated, library.frnn_amx_backward_float)
+    more, previous = torch.randn(1, T * B, traits.gate_grads * H), torch.randn(1, T * B, H)
+    carried = torch.randn(1, T * B, H)
+    if traits.cell_state:
+        carried[:, B:] = 0
+    found = scan(case, adds=(more, carried, previous))
+
+    other = case.to(torch.float32)
+    arrives = more[0, :, : traits.gates * H] @ case.weights[1] + previous[0]
+    if cell == "gru":
+        arrives = arrives + carried[0]
+    grad_output = case.gradients[0].clone()
+    grad_output[:-1] += arrives.view(T, B, H)[1:]
+    other.gradients = [grad_output, *case.gradients[1:]]
+    expected = scan(other)
+    expected["dgates"] += more
+    expected["dh0"] += arrives[:B]
+    if traits.cell_state:
+        expected["dc0"] += carried[:, :B]
+    for name, theirs in expected.items():
+        if theirs is not None:
+            torch.testing.assert_close(found[name], theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cell", CELLS)

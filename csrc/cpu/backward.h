@@ -42,6 +42,8 @@ class BackwardUnits {
     const int64_t row = scan_.offset(s) + b;
     if (d_.grad_output) dh = dh + load(d_.grad_output + row * d_.grad_output_stride + u, n);
     if (d_.grad_hn && b >= scan_.continuing(s)) dh = dh + load(d_.grad_hn + b * Hr_ + u, n);
+    if (d_.adds_previous && b < scan_.continuing(s))
+      dh = dh + load(d_.adds_previous + (scan_.offset(s + 1) + b) * Hr_ + u, n);
     if (d_.dh) store(d_.dh + row * Hr_ + u, dh, n);
     if (!shape_.P) finish_unit(s, b, u, n, dh);
   }
@@ -50,6 +52,7 @@ class BackwardUnits {
   FRNN_HD void finish_initial_state(int64_t b, int64_t u, Count n, V dh) const {
     // A carry that is not the cell state's belongs to h0: what reached it past the product.
     if constexpr (Cell::kHasCarry && !Cell::kHasCellState) dh = dh + load(d_.carry + b * H_ + u, n);
+    if (d_.adds_previous) dh = dh + load(d_.adds_previous + scan_.first_row(b) * Hr_ + u, n);
     store(d_.dh0 + b * Hr_ + u, dh, n);
   }
 
@@ -94,7 +97,13 @@ class BackwardUnits {
     }
     if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
     Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
-    if constexpr (Cell::kHasCarry) store(d_.carry + b * H_ + u, carry, n);
+    if constexpr (Cell::kHasCarry) {
+      if (d_.adds_carry) carry = carry + load(d_.adds_carry + row * H_ + u, n);
+      store(d_.carry + b * H_ + u, carry, n);
+    }
+    if (d_.adds)
+      for (int g = 0; g < Cell::kGateGrads; ++g)
+        grads[g] = grads[g] + load(d_.dgates + row * dgates_stride_ + g * H_ + u, n);
     for (int g = 0; g < Cell::kGateGrads; ++g)
       store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
   }

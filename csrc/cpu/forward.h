@@ -1,12 +1,9 @@
-// The forward scan of one layer on the CPU: all steps, both directions, one call.
-//
-// The input is multiplied a block of rows at a time, ahead of their steps: many short steps together, or a part of a
-// tall one. Its weights and the recurrent ones seldom fit L2 together; so they are read once a block, not once a step,
-// and the sums wait in L2.
+// The forward scan of one layer on the CPU: all steps, both directions, one call. The input is multiplied in blocks of
+// rows, ahead of their steps.
 #pragma once
 
 #include "../cells/cells.h"
-#include "weights.h"
+#include "blocks.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -39,26 +36,15 @@ class ForwardDirectionScan {
   static constexpr int kGates = Cell::kGates, kVectors = panel_vectors<Cell>();
   static constexpr int kSize = Vec<T>::kSize, kUnits = kVectors * kSize, kRow = kGates * kUnits;
   static constexpr int kTileRows = Recurrent::tile_rows(kGates * kVectors);
-  static constexpr int kInputRows = Input::tile_rows(kGates * kVectors);
   static constexpr int kProjVectors = 2;
   // Whether a gate adds up its two sides: then their products need not be told apart.
   static constexpr bool kOneSum = Cell::kGateGrads == kGates;
   using V = Vec<T>;
 
-  // Rows whose input is multiplied together; a step that is taller is cut into blocks of about as many. Weights that come
-  // from L3 at 28 GB/s (measured on Sapphire Rapids) take as long as the products of 64 rows in tiles.
-  static constexpr int kBlockRows = 128, kMostBlockRows = kBlockRows + kTileRows;
-  struct Tile {
-    int64_t s, b0;
-    int rows, first;  // first: its place in the block
-    bool ends_step;
-    typename Recurrent::Operand h;
-  };
-  struct Block {
-    int rows, tiles;
-    Tile tile[kMostBlockRows];
-    const S *x[kMostBlockRows], *h[kMostBlockRows];
-  };
+  using Block = frnn::Block<kTileRows, typename Recurrent::Operand>;
+  using Tile = typename Block::Tile;
+  using Sums = BlockSums<T, kRow>;
+  using InputProduct = BlockProduct<Input, kGates * kVectors, Block::kMostRows>;
   // A tile whose products are made and whose cells are not: tiles of AMX multiply the next one's meanwhile.
   struct Pending {
     const Tile* tile;  // null: none
@@ -67,10 +53,6 @@ class ForwardDirectionScan {
     const T *sums, *from_h;  // [rows][gate][unit of the panel]
     int row;                 // the first that is left
   };
-  // Tiles and the input's pieces are cut into nearly equal heights: none is less than half as high as it may be, but for
-  // the last of a step or of a block.
-  static constexpr int kMostTiles = kMostBlockRows / divide_up(kTileRows, 2) + 2;
-  static constexpr int kMostPieces = kMostBlockRows / divide_up(kInputRows, 2) + 2;
 
  public:
   ForwardDirectionScan(const Shape& shape, const ForwardDirection<S>& d, const CpuPlan& plan,
@@ -95,26 +77,27 @@ class ForwardDirectionScan {
     pack_share(projection_, proj_panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());
 
-    const int64_t capacity = smallest(kMostBlockRows, shape_.N);
+    const int64_t capacity = smallest(Block::kMostRows, shape_.N);
     const Buffer<T> memory((panels.last - panels.first) * capacity * kRow);
     const Sums sums{memory.get(), panels.first, capacity};
-    const Buffer<typename Input::Part> x_parts(kMostPieces * input_products_.operand_size(shape_.I));
-    const Buffer<typename Recurrent::Part> h_parts(kMostTiles * recurrent_products_.operand_size(Hr_));
+    const Buffer<typename Input::Part> x_parts(InputProduct::parts_size(input_products_, shape_.I));
+    const Buffer<typename Recurrent::Part> h_parts(Block::kMostTiles * recurrent_products_.operand_size(Hr_));
     Block block;
-    Place next{0, tiles.group};
-    for (int64_t sweep = 0; gather(tiles, next, block);) {
+    const S* h[Block::kMostRows];
+    Blocks<Block> blocks(scan_, tiles);
+    for (int64_t sweep = 0; blocks.next(block);) {
       multiply_input(block, panels, x_parts.get(), sums);
       for (int first = 0, last; first < block.tiles; first = last) {
         const int64_t s = block.tile[first].s;
         for (last = first; last < block.tiles && block.tile[last].s == s; ++last)
-          meet_state(block, block.tile[last],
+          meet_state(block.tile[last], h + block.tile[last].first,
                      h_parts.get() + (last - first) * recurrent_products_.operand_size(Hr_));
         Pending pending{};
         alignas(64) T apart[kOneSum ? 1 : 2][kOneSum ? 1 : kTileRows * kRow];
         int turn = 0;
         each_panel(panels, sweep++, [&](int64_t panel) {
           for (int i = first; i < last; ++i, ++turn)
-            gates_tile(panel, block.tile[i], block.h + block.tile[i].first, sums, apart[turn % 2 * !kOneSum],
+            gates_tile(panel, block.tile[i], h + block.tile[i].first, sums, apart[turn % 2 * !kOneSum],
                        pending);
         });
         finish_rows(pending, kTileRows);
@@ -124,70 +107,15 @@ class ForwardDirectionScan {
   }
 
  private:
-  // The sums of a block: [panel][row of the block][gate][unit of the panel], of this member's panels.
-  struct Sums {
-    T* memory;
-    int64_t first_panel, rows;
-    T* at(int64_t panel, int64_t row) const { return memory + ((panel - first_panel) * rows + row) * kRow; }
-  };
-  struct Place {
-    int64_t s, tile;
-  };
-
-  // The next tiles in the order of the scan: whole steps, as many as a block holds, or else a part of one. False: none.
-  bool gather(const Tiles& tiles, Place& next, Block& block) const {
-    block.rows = block.tiles = 0;
-    for (; next.s < shape_.T; ++next.s, next.tile = tiles.group) {
-      const int64_t rows_now = scan_.rows(next.s);
-      int64_t rows = 0, count = 0;
-      for (int64_t i = tiles.group; i < tiles.count; i += tiles.groups)
-        if (const Range r = tiles.rows(i, rows_now); r.first < r.last) rows += r.last - r.first, ++count;
-      if (block.tiles > 0 && block.rows + rows > kBlockRows) return true;
-      const int64_t most = rows > kBlockRows ? divide_up(count, divide_up(rows, kBlockRows)) : count;
-      for (; next.tile < tiles.count; next.tile += tiles.groups) {
-        const Range r = tiles.rows(next.tile, rows_now);
-        if (r.first >= r.last) break;
-        const bool full = block.tiles == most || block.rows + r.last - r.first > kMostBlockRows;
-        if (block.tiles > 0 && rows > kBlockRows && full) return true;
-        add_tile(block, next.s, r);
-      }
-      if (count > 0) block.tile[block.tiles - 1].ends_step = true;
-      if (rows > kBlockRows) {
-        ++next.s, next.tile = tiles.group;
-        return true;
-      }
-    }
-    return block.tiles > 0;
-  }
-
-  void add_tile(Block& block, int64_t s, Range r) const {
-    Tile& tile = block.tile[block.tiles++];
-    tile.s = s, tile.b0 = r.first, tile.rows = static_cast<int>(r.last - r.first);
-    tile.first = block.rows, tile.ends_step = false;
-    const S* x = d_.x + (scan_.offset(s) + r.first) * shape_.I;
-    for (int i = 0; i < tile.rows; ++i, x += shape_.I) block.x[block.rows++] = x;
-  }
-
   void multiply_input(const Block& block, Range panels, typename Input::Part* parts, const Sums& sums) const {
-    struct Piece {
-      int64_t first;
-      int rows;
-      typename Input::Operand x;
-    } piece[kMostPieces];
-    int count = 0;
-    Tiles(block.rows, kInputRows, 0, 1).each(block.rows, [&](int64_t first, int rows) {
-      piece[count] = {first, rows, input_products_.operand(parts, block.x + first, rows, shape_.I)};
-      parts += input_products_.operand_size(shape_.I), ++count;
-    });
-    for (int64_t panel = panels.first; panel < panels.last; ++panel)
-      for (int i = 0; i < count; ++i)
-        input_.multiply(piece[i].x, piece[i].rows, panel, sums.at(panel, piece[i].first));
+    const S* x[Block::kMostRows];
+    for (int i = 0; i < block.rows; ++i) x[i] = d_.x + block.row[i] * shape_.I;
+    InputProduct::multiply(input_products_, input_, x, block.rows, shape_.I, panels, parts, sums, false);
   }
 
   // The state that a tile's rows meet: each member makes an operand of all of them, which is less than another barrier.
-  void meet_state(Block& block, Tile& tile, typename Recurrent::Part* parts) const {
+  void meet_state(Tile& tile, const S** h, typename Recurrent::Part* parts) const {
     const int64_t continued = scan_.continued(tile.s);
-    const S** h = block.h + tile.first;
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t b = tile.b0 + r;
       h[r] = b < continued ? d_.output + (scan_.offset(tile.s - 1) + b) * d_.output_stride

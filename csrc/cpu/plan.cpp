@@ -22,11 +22,6 @@ constexpr int64_t kBarrierWork = 1 << 13;
 // them and take rows of its own without a barrier.
 constexpr int64_t kSharedWeightBytes = 512 << 10;
 
-// From this many rows a weight that is read at every step serves enough multiply-adds to be worth it: step by step, the
-// input's product never goes through memory. Below, one product over all steps reads the input's weights once. Measured on
-// Zen 4, LSTM: 4 rows 1.09 times as fast fused at H = 256, 1.05 at 64 and 512, equal at 128; 2 rows 0.9.
-constexpr int64_t kSteppedInputRows = 4;
-
 int64_t at_least_1(int64_t x) { return x > 1 ? x : 1; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -36,35 +31,24 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const int64_t Hr = p.P > 0 ? p.P : p.H;
   const bool direct = p.in_lanes || p.T * p.B <= kDirectRows ||
                       (p.T == 1 && p.B <= (p.I + Hr) / 2 * p.itemsize / kDirectBytesOfRow);
-  const bool steps_input = direct || p.B >= kSteppedInputRows;
   const int64_t of_input = p.gates * p.H * p.I, of_state = p.gates * p.H * Hr + p.P * p.H;
   const int64_t weights = of_input + of_state, step = p.B * of_state;
   if (p.threads <= 1 || p.T * p.B * weights * p.D < kTeamWork)
-    return {direct, steps_input,
-            1,      1,
-            1,      p.threads <= 1 ? "one thread available" : "less work than waking a team costs"};
+    return {direct, 1, 1, 1, p.threads <= 1 ? "one thread available" : "less work than waking a team costs"};
 
   const int64_t sides = smaller(p.D, p.threads);
   const int64_t members = p.threads / sides;
   const int64_t panels = (p.H + p.units_per_panel - 1) / p.units_per_panel;
   const int64_t tiles = (p.B + p.tile_rows - 1) / p.tile_rows;
-  if (members == 1) return {direct, steps_input, static_cast<int>(sides), 1, 1, "one direction a thread"};
+  if (members == 1) return {direct, static_cast<int>(sides), 1, 1, "one direction a thread"};
 
   if (weights * p.itemsize <= kSharedWeightBytes && tiles >= members)
-    return {direct,
-            steps_input,
-            static_cast<int>(sides),
-            1,
-            static_cast<int>(members),
+    return {direct, static_cast<int>(sides), 1, static_cast<int>(members),
             "weights fit every core's L2: rows are split, no barrier"};
 
   const int64_t unit_groups = smaller(smaller(members, panels), at_least_1(step / kBarrierWork));
   const int64_t row_groups = smaller(members / unit_groups, tiles);
-  return {direct,
-          steps_input,
-          static_cast<int>(sides),
-          static_cast<int>(unit_groups),
-          static_cast<int>(row_groups),
+  return {direct, static_cast<int>(sides), static_cast<int>(unit_groups), static_cast<int>(row_groups),
           unit_groups > 1 ? "units are split: each thread's weights stay in its own L2, one barrier a step"
                           : "a step is too small to split its units"};
 }

@@ -17,8 +17,7 @@ struct CpuProblem {
 };
 
 struct CpuPlan {
-  bool direct;       // multiply with the weights as they lie; otherwise pack them first
-  bool steps_input;  // of a tangent scan: the input's changes step by step, otherwise for all steps before it
+  bool direct;           // multiply with the weights as they lie; otherwise pack them first
   int direction_groups;  // 2: the two directions run side by side
   int unit_groups;       // threads that share a direction's units and meet at a barrier each step
   int row_groups;        // groups of threads that share a direction's rows and never meet

@@ -23,51 +23,6 @@ Tensor all_directions(const Problem& p, const std::vector<Tensor>& parts) {
   return parts[0].as_strided({p.D(), N, columns}, {N * columns, columns, 1});
 }
 
-void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
-                          Tensor* gradients) {
-  const Shape& s = p.shape;
-  const Tensor& dgates = t.dgates[d];
-  const auto sides = input_side(p.cell, s.H);
-  const Tensor recurrent = part(dgates, 1, 0, p.cell.gates * s.H);
-  Tensor* result = gradients + kFirstWeight + d * kWeightCount;
-
-  if (wanted.weight(d, kWih)) {
-    result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
-    for (const InputSide& side : sides) {
-      p.backend.product_over_rows(part(result[kWih], 0, side.row, side.count),
-                                  part(dgates, 1, side.column, side.count), t.x, s.B);
-    }
-  }
-  if (wanted.weight(d, kWhh)) {
-    result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
-    p.backend.product_over_rows(result[kWhh], rows_after(t.previous[d], recurrent, d), t.previous[d], s.B);
-  }
-  if (wanted.weight(d, kBhh)) result[kBhh] = s.N == 1 ? recurrent.select(0, 0) : recurrent.sum(0);
-  if (wanted.weight(d, kBih)) {
-    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : recurrent.sum(0);
-    for (const InputSide& side : sides)
-      if (side.column != side.row) {
-        Tensor rows = part(result[kBih], 0, side.row, side.count);
-        at::sum_out(rows, part(dgates, 1, side.column, side.count), 0);
-      }
-  }
-  if (wanted.weight(d, kWhr)) {
-    const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
-    const Tensor hidden = saved.select(1, Lstm::kSavedCell).tanh().mul_(saved.select(1, Lstm::kSavedOutput));
-    result[kWhr] = p.allocate({s.P, s.H});
-    p.backend.product_over_rows(result[kWhr], t.dh[d], hidden.to(t.dh[d].scalar_type()), s.B);
-  }
-}
-
-Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
-  Tensor result;
-  for (int64_t d = 0; d < p.D(); ++d)
-    for (const InputSide& side : input_side(p.cell, p.shape.H))
-      p.backend.add_product(result, part(t.dgates[d], 1, side.column, side.count),
-                            part(p.weights[d].w_ih.to(t.dgates[d].scalar_type()), 0, side.row, side.count));
-  return result;
-}
-
 // The operands of the products around the scan, in the dtype of the call. With few rows the products are small beside the
 // passes that round; where exactly has not been measured.
 constexpr int64_t kRoundedRows = 5;
@@ -155,6 +110,55 @@ auto as_tuple(const Gradients& g, std::index_sequence<k...>) {
 }
 
 }  // namespace
+
+Tensor hidden_of(const Problem& p, const Tensor& saved, int64_t d) {
+  const Tensor gates = saved.select(0, d).view({p.shape.N, p.cell.saved, p.shape.H});
+  return gates.select(1, Lstm::kSavedCell).tanh().mul_(gates.select(1, Lstm::kSavedOutput));
+}
+
+void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
+                          Tensor* gradients) {
+  const Shape& s = p.shape;
+  const Tensor& dgates = t.dgates[d];
+  const auto sides = input_side(p.cell, s.H);
+  const Tensor recurrent = part(dgates, 1, 0, p.cell.gates * s.H);
+  Tensor* result = gradients + kFirstWeight + d * kWeightCount;
+
+  if (wanted.weight(d, kWih)) {
+    result[kWih] = p.allocate({p.cell.gates * s.H, s.I});
+    for (const InputSide& side : sides) {
+      p.backend.product_over_rows(part(result[kWih], 0, side.row, side.count),
+                                  part(dgates, 1, side.column, side.count), t.x, s.B);
+    }
+  }
+  if (wanted.weight(d, kWhh)) {
+    result[kWhh] = p.allocate({p.cell.gates * s.H, s.Hr()});
+    p.backend.product_over_rows(result[kWhh], rows_after(t.previous[d], recurrent, d), t.previous[d], s.B);
+  }
+  if (wanted.weight(d, kBhh)) result[kBhh] = s.N == 1 ? recurrent.select(0, 0) : recurrent.sum(0);
+  if (wanted.weight(d, kBih)) {
+    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : recurrent.sum(0);
+    for (const InputSide& side : sides)
+      if (side.column != side.row) {
+        Tensor rows = part(result[kBih], 0, side.row, side.count);
+        at::sum_out(rows, part(dgates, 1, side.column, side.count), 0);
+      }
+  }
+  if (wanted.weight(d, kWhr)) {
+    result[kWhr] = p.allocate({s.P, s.H});
+    p.backend.product_over_rows(result[kWhr], t.dh[d], hidden_of(p, t.saved, d).to(t.dh[d].scalar_type()),
+                                s.B);
+  }
+}
+
+Tensor input_gradient(const Problem& p, const BackwardTensors& t) {
+  Tensor result;
+  for (int64_t d = 0; d < p.D(); ++d)
+    for (const InputSide& side : input_side(p.cell, p.shape.H))
+      p.backend.add_product(result, part(t.dgates[d], 1, side.column, side.count),
+                            part(p.weights[d].w_ih.to(t.dgates[d].scalar_type()), 0, side.row, side.count));
+  return result;
+}
 
 Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted) {
   const Shape& s = p.shape;

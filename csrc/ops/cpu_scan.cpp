@@ -30,15 +30,6 @@ S* stored_out(const Tensor& tensor) {
     return output_of<S>(tensor);
 }
 
-template <class S>
-CpuPlan plan_of(const Problem& p, int threads) {
-  const InstructionSet& set = instruction_set();
-  const auto problem = std::is_same_v<S, BFloat16> ? set.bfloat16->problem
-                       : sizeof(S) == 4            ? set.kernels->problem_float
-                                                   : set.kernels->problem_double;
-  return plan_cpu(problem(p.cell.kind, p.shape, threads, false));
-}
-
 // Null where float is multiplied as it is.
 template <class S>
 const SplitKernels* split_kernels(const Problem& p) {
@@ -167,6 +158,9 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.dh = stored_out<S>(t.dh[d]);
     to.carry = sums_at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
+    to.adds = t.adds;
+    if (!t.adds_carry.empty()) to.adds_carry = input_of<T>(t.adds_carry[d]);
+    if (!t.adds_previous.empty()) to.adds_previous = stored_in<S>(t.adds_previous[d]);
   }
   run_backward(p.cell.kind, args);
   for (int64_t d = 0; d < s.D && t.wants_previous; ++d)
@@ -251,9 +245,11 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-bool steps_input(const Problem& p) {
-  const int threads = at::get_num_threads();
-  return (p.compute == at::kFloat ? plan_of<float>(p, threads) : plan_of<double>(p, threads)).steps_input;
+void run_tangent(CellKind kind, const TangentArgs<float>& args) {
+  instruction_set().kernels->tangent(kind, args);
+}
+void run_tangent(CellKind kind, const TangentArgs<double>& args) {
+  instruction_set().kernels->tangent(kind, args);
 }
 
 void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add) {

@@ -1,7 +1,8 @@
 // The second derivative of a layer. Let J be the derivative of the outputs by the arguments, g what arrives from the
 // outputs, J^T g the backward pass. Its derivative in a direction v of the arguments is, for the gradients g, J v: one
 // tangent scan forward; and for the arguments, the product of v with the Hessian of <g, outputs>, which is symmetric:
-// how J^T g changes along v. That is the backward pass once more, with tangents (csrc/cells/dual.h).
+// how J^T g changes along v. That is the backward pass once more, of what each step adds to that change
+// (csrc/cpu/dual_backward.h).
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/sum.h>
@@ -23,40 +24,9 @@ struct Tensors {
   Tensor output, saved;  // as in BackwardTensors
   Tensor dh;             // [D, N, Hr], of every h_t
   Tensor output_tangent, hn_tangent, c_tangent, saved_tangent;
-  // By direction: h_{t-1} and, with a projection, h before it, of every row.
-  std::vector<Tensor> previous, hidden;
-  // By direction, [N, kGateGrads*H], and how they change.
-  std::vector<Tensor> dgates, dgates_tangent;
-  Tensor dh_tangent;  // [D, N, P]; undefined without a projection
-  Tensor carry, carry_tangent, dh0_tangent;
+  Tensor carry;                // [D, B, H], holding the gradient of c_n or zero
+  std::vector<Tensor> dgates;  // by direction, [N, kGateGrads*H]
 };
-
-// Operands of the scan forward that come from products over all steps: see TangentDirection.
-struct Sources {
-  Tensor x, hh, hr;
-};
-
-// `sum` [N, units] gains rows weights^T, or begins as it if undefined. Fewer than N rows: see rows_after.
-void add_product(const Problem& p, Tensor& sum, const Tensor& rows, const Tensor& weights, int64_t d) {
-  const bool add = sum.defined();
-  if (!add) sum = p.allocate({p.shape.N, weights.size(0)});
-  multiply(rows_after(rows, sum, d), rows, weights.t().contiguous(), add);
-  const int64_t others = p.shape.N - rows.size(0);
-  if (!add && others > 0) sum.narrow(0, d == 0 ? 0 : rows.size(0), others).zero_();
-}
-
-Sources sources_of(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v, int64_t d) {
-  const DirectionWeights &w = a.weights[d], &wv = v.weights[d];
-  Sources s;
-  const bool now = !steps_input(p);  // otherwise step by step
-  if (now && v.x.defined()) add_product(p, s.x, v.x, w.w_ih, d);
-  if (now && wv.w_ih.defined()) add_product(p, s.x, a.x, wv.w_ih, d);
-  // Where the two sides of a gate are simply added, so are their changes.
-  if (now && wv.w_hh.defined())
-    add_product(p, p.cell.gate_grads == p.cell.gates ? s.x : s.hh, t.previous[d], wv.w_hh, d);
-  if (wv.w_hr.defined()) add_product(p, s.hr, t.hidden[d], wv.w_hr, d);
-  return s;
-}
 
 template <class T>
 const T* at_direction(const Problem& p, const Tensor& tensor, int64_t d) {
@@ -69,7 +39,7 @@ T* at_direction_of(const Problem& p, Tensor& tensor, int64_t d) {
 
 template <class T>
 TangentDirection<T> tangent_direction(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v,
-                                      const Sources& sources, int64_t d) {
+                                      const Tensor& hr_tangent, int64_t d) {
   TangentDirection<T> to{};
   const int64_t Hr = p.shape.Hr();
   to.reverse = d == 1;
@@ -79,18 +49,14 @@ TangentDirection<T> tangent_direction(const Problem& p, Tensors& t, const Argume
   to.c0 = at_direction<T>(p, a.c0, d);
   to.output = input_of<T>(t.output) + d * Hr;
   to.saved = at_direction<T>(p, t.saved, d);
-  to.x_tangent = input_of<T>(sources.x);
-  to.hh_tangent = input_of<T>(sources.hh);
-  if (steps_input(p)) {
-    to.x = input_of<T>(a.x);
-    to.x_change = input_of<T>(v.x);
-    if (v.x.defined()) to.w_ih = input_of<T>(a.weights[d].w_ih);
-    to.w_ih_tangent = input_of<T>(v.weights[d].w_ih);
-    to.w_hh_tangent = input_of<T>(v.weights[d].w_hh);
-  }
+  to.x = input_of<T>(a.x);
+  if (v.x.defined()) to.w_ih = input_of<T>(a.weights[d].w_ih);
+  to.x_tangent = input_of<T>(v.x);
+  to.w_ih_tangent = input_of<T>(v.weights[d].w_ih);
+  to.w_hh_tangent = input_of<T>(v.weights[d].w_hh);
   to.b_ih_tangent = input_of<T>(v.weights[d].b_ih);
   to.b_hh_tangent = input_of<T>(v.weights[d].b_hh);
-  to.hr_tangent = input_of<T>(sources.hr);
+  to.hr_tangent = input_of<T>(hr_tangent);
   to.h0_tangent = at_direction<T>(p, v.h0, d);
   to.c0_tangent = at_direction<T>(p, v.c0, d);
   to.output_tangent = output_of<T>(t.output_tangent) + d * Hr;
@@ -101,106 +67,136 @@ TangentDirection<T> tangent_direction(const Problem& p, Tensors& t, const Argume
   return to;
 }
 
-template <class T>
-void scan(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, bool backward) {
-  const Shape& s = p.shape;
-  const CpuKernels& kernels = *instruction_set().kernels;
-  TangentArgs<T> forward{};
-  forward.shape = s;
-  forward.threads = at::get_num_threads();
-  {
-    Sources sources[2];
-    for (int64_t d = 0; d < s.D; ++d) {
-      sources[d] = sources_of(p, t, a, v, d);
-      forward.direction[d] = tangent_direction<T>(p, t, a, v, sources[d], d);
-    }
-    kernels.tangent(p.cell.kind, forward);
-  }
-  if (!backward) return;
-  DualBackwardArgs<T> args{};
-  args.shape = s;
-  args.threads = forward.threads;
-  for (int64_t d = 0; d < s.D; ++d) {
-    DualBackwardDirection<T>& to = args.direction[d];
-    to.forward = forward.direction[d];
-    to.w_hh_tangent = input_of<T>(v.weights[d].w_hh);
-    to.w_hr_tangent = input_of<T>(v.weights[d].w_hr);
-    to.dh = at_direction<T>(p, t.dh, d);
-    to.dh_tangent = at_direction_of<T>(p, t.dh_tangent, d);
-    for (auto* gradients : {&t.dgates, &t.dgates_tangent})
-      gradients->push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
-    to.dgates = output_of<T>(t.dgates[d]);
-    to.dgates_tangent = output_of<T>(t.dgates_tangent[d]);
-    to.carry = at_direction_of<T>(p, t.carry, d);
-    to.carry_tangent = at_direction_of<T>(p, t.carry_tangent, d);
-    to.dh0_tangent = at_direction_of<T>(p, t.dh0_tangent, d);
-  }
-  kernels.dual_backward(p.cell.kind, args);
-}
+Tensor zeros_like_state(const Problem& p, int64_t size) { return p.allocate_state(size).zero_(); }
 
-// How a weight's gradient a^T b changes: `result` becomes a_change^T b + a^T b_change.
-void product_change(const Tensor& result, const Tensor& a, const Tensor& a_change, const Tensor& b,
-                    const Tensor& b_change) {
-  sum_over_rows(result, a_change, b, false);
-  if (b_change.defined()) sum_over_rows(result, a, b_change, true);
-}
-
-void add_weight_changes(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v, int64_t d,
-                        const Wanted& wanted, Tensor* changes) {
-  const Shape& s = p.shape;
-  const Tensor &dgates = t.dgates[d], &dgates_change = t.dgates_tangent[d];
-  const int64_t GH = p.cell.gates * s.H;
-  const auto sides = input_side(p.cell, s.H);
-  Tensor* result = changes + kFirstWeight + d * kWeightCount;
-  if (wanted.weight(d, kWih)) {
-    result[kWih] = p.allocate({GH, s.I});
-    for (const InputSide& side : sides)
-      product_change(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
-                     part(dgates_change, 1, side.column, side.count), a.x, v.x);
-  }
-  if (wanted.weight(d, kWhh)) {
-    result[kWhh] = p.allocate({GH, s.Hr()});
-    const Tensor &previous = t.previous[d], change = previous_hidden(p, t.output_tangent, v.h0, d);
-    sum_over_rows(result[kWhh], rows_after(previous, part(dgates_change, 1, 0, GH), d), previous, false);
-    sum_over_rows(result[kWhh], rows_after(change, part(dgates, 1, 0, GH), d), change, true);
-  }
-  if (wanted.weight(d, kBhh)) result[kBhh] = part(dgates_change, 1, 0, GH).sum(0);
-  if (wanted.weight(d, kBih)) {
-    result[kBih] = result[kBhh].defined() ? result[kBhh].clone() : part(dgates_change, 1, 0, GH).sum(0);
-    for (const InputSide& side : sides)
-      if (side.column != side.row) {
-        Tensor rows = part(result[kBih], 0, side.row, side.count);
-        at::sum_out(rows, part(dgates_change, 1, side.column, side.count), 0);
-      }
-  }
-  if (s.P > 0 && wanted.weight(d, kWhr)) {
-    const Tensor saved = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
-    const Tensor saved_tangent = t.saved_tangent.select(0, d).view({s.N, p.cell.saved, s.H});
-    const Tensor tanh_c = saved.select(1, Lstm::kSavedCell).tanh();
-    const Tensor o = saved.select(1, Lstm::kSavedOutput);
-    const Tensor hidden_tangent = saved_tangent.select(1, Lstm::kSavedOutput) * tanh_c +
-                                  o * (1 - tanh_c * tanh_c) * saved_tangent.select(1, Lstm::kSavedCell);
-    result[kWhr] = p.allocate({s.P, s.H});
-    product_change(result[kWhr], t.dh.select(0, d), t.dh_tangent.select(0, d), t.hidden[d], hidden_tangent);
-  }
-}
-
-Tensor input_change(const Problem& p, const Tensors& t, const Arguments& a, const Arguments& v) {
+// rows weights, of all steps; undefined without weights.
+Tensor product(const Problem& p, const Tensor& rows, const Tensor& weights) {
   Tensor result;
-  const auto add = [&](const InputSide& side, const Tensor& dgates, const Tensor& w_ih) {
-    if (w_ih.defined())
-      p.backend.add_product(result, part(dgates, 1, side.column, side.count),
-                            part(w_ih, 0, side.row, side.count));
-  };
-  for (int64_t d = 0; d < p.D(); ++d)
-    for (const InputSide& side : input_side(p.cell, p.shape.H)) {
-      add(side, t.dgates_tangent[d], a.weights[d].w_ih);
-      add(side, t.dgates[d], v.weights[d].w_ih);
-    }
+  if (weights.defined()) p.backend.add_product(result, rows, weights);
   return result;
 }
 
-Tensor zeros_like_state(const Problem& p, int64_t size) { return p.allocate_state(size).zero_(); }
+// The scan forward: its results, and what the way back reads of it.
+template <class T>
+TangentArgs<T> scan(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v) {
+  TangentArgs<T> args{};
+  args.shape = p.shape;
+  args.threads = at::get_num_threads();
+  std::array<Tensor, 2> hr_tangent;
+  for (int64_t d = 0; d < p.D(); ++d) {
+    const Tensor& change = v.weights[d].w_hr;
+    if (change.defined()) hr_tangent[d] = product(p, hidden_of(p, t.saved, d), change.t().contiguous());
+    args.direction[d] = tangent_direction<T>(p, t, a, v, hr_tangent[d], d);
+  }
+  run_tangent(p.cell.kind, args);
+  return args;
+}
+
+// What each step adds to the changes of the gates' gradients, and those gradients.
+template <class T>
+void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& v,
+                BackwardTensors& changes) {
+  const Shape& s = p.shape;
+  DualBackwardArgs<T> args{};
+  args.shape = s;
+  args.threads = forward.threads;
+  std::array<Tensor, 2> dh, dh_change;
+  for (int64_t d = 0; d < s.D; ++d) {
+    dh[d] = t.dh.select(0, d);
+    if (s.P > 0) {
+      dh_change[d] = product(p, dh[d], v.weights[d].w_hr);
+      dh[d] = product(p, dh[d], p.weights[d].w_hr);
+    }
+    for (auto* gradients : {&t.dgates, &changes.dgates})
+      gradients->push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
+    if (p.cell.carry) changes.adds_carry.push_back(p.allocate({s.N, s.H}));
+    DualBackwardDirection<T>& to = args.direction[d];
+    to.forward = forward.direction[d];
+    to.dh = input_of<T>(dh[d]);
+    to.dh_change = input_of<T>(dh_change[d]);
+    to.carry = at_direction_of<T>(p, t.carry, d);
+    to.dgates = output_of<T>(t.dgates[d]);
+    to.dgates_change = output_of<T>(changes.dgates[d]);
+    if (p.cell.carry) to.carry_change = output_of<T>(changes.adds_carry[d]);
+  }
+  instruction_set().kernels->dual_backward(p.cell.kind, args);
+}
+
+// The scan back: how the gates' gradients change, and with them those of the states.
+template <class T>
+BackwardTensors scan_back(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& a,
+                          const Arguments& v, const Wanted& wanted) {
+  const Shape& s = p.shape;
+  BackwardTensors changes{};
+  scan_steps(p, forward, t, v, changes);
+  changes.adds = true;
+  for (int64_t d = 0; d < s.D; ++d) {
+    changes.adds_previous.push_back(
+        product(p, part(t.dgates[d], 1, 0, p.cell.gates * s.H), v.weights[d].w_hh));
+    changes.dh.push_back(s.P > 0 ? p.allocate({s.N, s.P}) : Tensor());
+  }
+  changes.x = a.x, changes.h0 = a.h0, changes.c0 = a.c0;
+  changes.output = t.output, changes.saved = t.saved;
+  if (p.cell.carry) changes.carry = zeros_like_state(p, s.H);
+  changes.wants_dh0 = wanted(kH0);
+  for (int64_t d = 0; d < s.D; ++d) changes.wants_previous |= wanted.weight(d, kWhh);
+  p.backend.backward(p, changes);
+  return changes;
+}
+
+// A weight's gradient a^T b changes by that of either: these are the parts where b changes.
+void add_changes_of_rows(const Problem& p, const Tensors& t, const Arguments& v, int64_t d,
+                         const Wanted& wanted, Tensor* changes) {
+  const Shape& s = p.shape;
+  const Tensor& dgates = t.dgates[d];
+  Tensor* result = changes + kFirstWeight + d * kWeightCount;
+  if (wanted.weight(d, kWih) && v.x.defined())
+    for (const InputSide& side : input_side(p.cell, s.H))
+      sum_over_rows(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
+                    v.x, true);
+  if (wanted.weight(d, kWhh)) {
+    const Tensor change = previous_hidden(p, t.output_tangent, v.h0, d);
+    sum_over_rows(result[kWhh], rows_after(change, part(dgates, 1, 0, p.cell.gates * s.H), d), change, true);
+  }
+  if (wanted.weight(d, kWhr)) {
+    const auto saved = [&](const Tensor& all, int64_t which) {
+      return all.select(0, d).view({s.N, p.cell.saved, s.H}).select(1, which);
+    };
+    const Tensor tanh_c = saved(t.saved, Lstm::kSavedCell).tanh();
+    const Tensor change =
+        saved(t.saved_tangent, Lstm::kSavedOutput) * tanh_c +
+        saved(t.saved, Lstm::kSavedOutput) * (1 - tanh_c * tanh_c) * saved(t.saved_tangent, Lstm::kSavedCell);
+    sum_over_rows(result[kWhr], t.dh.select(0, d), change, true);
+  }
+}
+
+// How the gradients of the arguments change.
+template <class T>
+Gradients changes_of_gradients(const Problem& p, const TangentArgs<T>& forward, Tensors& t,
+                               const Arguments& a, const Arguments& v, const Wanted& wanted) {
+  const BackwardTensors back = scan_back(p, forward, t, a, v, wanted);
+  Gradients changes;
+  changes[kH0] = back.dh0;
+  if (wanted(kC0)) changes[kC0] = back.carry;
+  for (int64_t d = 0; d < p.D(); ++d) {
+    add_weight_gradients(p, back, d, wanted, changes.data());
+    add_changes_of_rows(p, t, v, d, wanted, changes.data());
+  }
+  if (!wanted(kInput)) return changes;
+  changes[kInput] = input_gradient(p, back);
+  for (int64_t d = 0; d < p.D(); ++d)
+    if (v.weights[d].w_ih.defined())
+      for (const InputSide& side : input_side(p.cell, p.shape.H))
+        p.backend.add_product(changes[kInput], part(t.dgates[d], 1, side.column, side.count),
+                              part(v.weights[d].w_ih, 0, side.row, side.count));
+  return changes;
+}
+
+template <class T>
+Gradients run(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, const Wanted& wanted) {
+  const TangentArgs<T> forward = scan<T>(p, t, a, v);
+  return wanted.bits ? changes_of_gradients(p, forward, t, a, v, wanted) : Gradients();
+}
 
 }  // namespace
 
@@ -251,32 +247,18 @@ Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const O
                 "fused_rnn: a second derivative by w_ih needs input");
 
   t.output_tangent = p.allocate({s.N, s.D * s.Hr()});
-  t.hn_tangent = zeros_like_state(p, s.Hr());
+  t.hn_tangent = p.allocate_state(s.Hr());
   t.saved_tangent = p.allocate({s.D, s.N, p.cell.saved * s.H});
   if (p.cell.cell_state) t.c_tangent = v.c0.defined() ? v.c0.clone() : zeros_like_state(p, s.H);
-  for (int64_t d = 0; d < s.D; ++d) {
-    t.previous.push_back(previous_hidden(p, t.output, a.h0, d));
-    if (s.P) {
-      const Tensor gates = t.saved.select(0, d).view({s.N, p.cell.saved, s.H});
-      t.hidden.push_back(gates.select(1, Lstm::kSavedCell).tanh().mul_(gates.select(1, Lstm::kSavedOutput)));
-    }
-  }
-  if (s.P > 0) t.dh_tangent = p.allocate({s.D, s.N, s.P});
-  if (p.cell.carry) {
+  if (p.cell.carry)
     t.carry = p.cell.cell_state && grad_cell.defined() ? grad_cell.clone() : zeros_like_state(p, s.H);
-    t.carry_tangent = zeros_like_state(p, s.H);
-  }
-  if (wanted(kH0)) t.dh0_tangent = zeros_like_state(p, s.Hr());
   Gradients changes;
   if (p.empty()) {
     t.output_tangent.zero_();
+    t.hn_tangent.zero_();
     changes = gradients_of_nothing(p, wanted);
   } else {
-    p.compute == at::kFloat ? scan<float>(p, t, a, v, wanted.bits) : scan<double>(p, t, a, v, wanted.bits);
-    if (wanted(kInput)) changes[kInput] = input_change(p, t, a, v);
-    changes[kH0] = t.dh0_tangent;
-    if (wanted(kC0)) changes[kC0] = t.carry_tangent;
-    for (int64_t d = 0; d < s.D; ++d) add_weight_changes(p, t, a, v, d, wanted, changes.data());
+    changes = p.compute == at::kFloat ? run<float>(p, t, a, v, wanted) : run<double>(p, t, a, v, wanted);
   }
   if (changes[kInput].defined() && output.dim() == 3) changes[kInput] = changes[kInput].view({s.T, s.B, s.I});
   t.output_tangent = t.output_tangent.view(output.sizes());

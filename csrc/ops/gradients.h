@@ -30,6 +30,15 @@ using Gradients = std::array<Tensor, kGradients>;
 // Of a call without rows or units (backward.cpp).
 Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted);
 
+// What follows a backward scan: the gradients of direction d's weights, at their places in `gradients`; that of the
+// input (backward.cpp).
+void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
+                          Tensor* gradients);
+Tensor input_gradient(const Problem& p, const BackwardTensors& t);
+
+// Of direction d, h of every row before its projection, [N, H] (backward.cpp). saved: [D, N, kSaved*H]
+Tensor hidden_of(const Problem& p, const Tensor& saved, int64_t d);
+
 // The columns of dgates that belong to the input side, and the rows of weight_ih that they meet. They are the first
 // ones but for the last gate of the GRU, whose gradient differs on the two sides (csrc/cells/gru.h).
 struct InputSide {

@@ -21,6 +21,10 @@ struct BackwardTensors {
   std::vector<Tensor> dgates, dh;
   std::vector<Tensor> previous;  // by direction, where wanted: h_{t-1}, [N, Hr] or, on the CPU, fewer rows
   Tensor carry, dh0;             // [D, B, H] holding the gradient of c_n or zero; [D, B, Hr], where wanted
+  // On the CPU, what a second derivative adds on the way (BackwardDirection): whether `dgates` holds a part of it; by
+  // direction [N, H] or empty, [N, Hr] or undefined.
+  bool adds = false;
+  std::vector<Tensor> adds_carry, adds_previous;
 };
 
 struct Backend {
@@ -43,8 +47,9 @@ extern const Backend kCpuBackend, kCudaBackend;
 Tensors4 layer_of(const CellTraits& cell, const Tensor& input, const OptTensor& batch_sizes,
                   const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights, bool save);
 
-// On the CPU: whether the input's products are made step by step in a scan forward.
-bool steps_input(const Problem& p);
+// On the CPU: the scan forward of a second derivative.
+void run_tangent(CellKind kind, const TangentArgs<float>& args);
+void run_tangent(CellKind kind, const TangentArgs<double>& args);
 
 // On the CPU: result = a^T b, as product_over_rows, or result += a^T b; in float or double.
 void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool add);

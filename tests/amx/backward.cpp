@@ -26,6 +26,9 @@ struct Tensors {
   S* dh;                              // [D, N, H]
   float* carry;                       // [D, B, H]
   S *dh0, *w_hh[2];                   // [D, B, H], [G*H, H]
+  // What is added on the way: [D, N, H]. With `adds_previous`, `dgates` holds the rest of it.
+  float* adds_carry;
+  S* adds_previous;
 };
 
 // sizes: T, B, H, D, N.
@@ -48,7 +51,8 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
     S *grad_output = memory.guarded(t.grad_output, N * D * H), *dh0 = memory.guarded(t.dh0, D * B * H);
     S *grad_hn = memory.guarded(t.grad_hn, D * B * H),
       *dgates = memory.guarded(t.dgates, D * N * Cell::kGateGrads * H);
-    float* carry = memory.guarded(t.carry, D * B * H);
+    float *carry = memory.guarded(t.carry, D * B * H), *adds_carry = memory.guarded(t.adds_carry, D * N * H);
+    S* adds_previous = memory.guarded(t.adds_previous, D * N * H);
     for (int64_t d = 0; d < D; ++d) {
       frnn::BackwardDirection<S>& to = args.direction[d];
       const auto of_direction = [&](auto* all, int64_t count) { return all ? all + d * count : nullptr; };
@@ -65,6 +69,9 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
       to.dh = of_direction(dh, N * H);
       to.carry = of_direction(carry, B * H);
       to.dh0 = of_direction(dh0, B * H);
+      to.adds = adds_previous;
+      to.adds_carry = of_direction(adds_carry, N * H);
+      to.adds_previous = of_direction(adds_previous, N * H);
     }
   });
   run(kind, args);
