@@ -21,16 +21,6 @@ FRNN_HD void lay_row(const BFloat16* a, int64_t K, float, BFloat16* to) {
                                               : _mm512_maskz_loadu_epi16((1u << (K - k)) - 1, a + k));
 }
 
-// The power of two that brings the largest number of a row near one: gradients fade from step to step, and tiles take
-// denormal parts as zero. False where Inf or NaN is among them, which have no parts.
-FRNN_HD bool scale_of(const float* a, int64_t count, float* scale, float* inverse) {
-  Magnitude magnitude;
-  for (int64_t k = 0; k < count; k += 16) magnitude.add(first_floats(a + k, count - k));
-  *scale = power_of_two(-magnitude.exponent());
-  *inverse = power_of_two(magnitude.exponent());
-  return magnitude.finite();
-}
-
 // acc[row][2 vectors], or, with `add`, added to it.
 template <int kParts, bool kTwo>
 void tile_product(const BFloat16* a, const BFloat16* w, int64_t blocks, float* acc, bool add) {
@@ -170,8 +160,12 @@ class TileBackwardScan {
     tile.splits = true;
     for (int r = 0; r < tile.summed; ++r) {
       float scale = 1;
-      if constexpr (kSplit)
-        if (!scale_of(tile.a[r], kGates * H_, &scale, &tile.inverse[r])) tile.splits = false;
+      if constexpr (kSplit) {
+        // Gradients fade from step to step, and tiles take denormal parts as zero.
+        const Magnitude magnitude = magnitude_of(tile.a[r], kGates * H_);
+        tile.splits &= magnitude.finite();
+        scale = power_of_two(-magnitude.exponent()), tile.inverse[r] = power_of_two(magnitude.exponent());
+      }
       for (int g = 0; g < kGates; ++g)
         lay_row<kParts>(tile.a[r] + g * H_, H_, scale,
                         tile.parts + g * weights_.blocks_of_gate() * weights_.block_size() + r * kAmxDepth);

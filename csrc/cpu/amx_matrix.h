@@ -89,22 +89,6 @@ struct LeftColumns {
   }
 };
 
-// How a block lies in parts: each number times 2^-exponent, or, with NaN or Inf, not at all.
-struct SplitScale {
-  int exponent;
-  bool splits;
-};
-
-// pack(scale) packs and returns the Magnitude. Gradients that vanish over many steps are brought to where they split.
-template <class Pack>
-SplitScale pack_to_scale(Pack&& pack) {
-  const Magnitude magnitude = pack(1.0f);
-  if (magnitude.splits()) return {0, true};
-  if (!magnitude.finite()) return {0, false};
-  pack(power_of_two(-magnitude.exponent()));
-  return {magnitude.exponent(), true};
-}
-
 // A tile of the result that waits in `sums` to be added to c while the next one is multiplied: the sums of a tile come
 // long after its last product has begun, and who waits for them leaves the tiles idle.
 struct WaitingTile {

@@ -61,6 +61,29 @@ FRNN_HD float power_of_two(int exponent) {
   return power;
 }
 
+// Of numbers side by side.
+FRNN_HD Magnitude magnitude_of(const float* a, int64_t count) {
+  Magnitude magnitude;
+  for (int64_t k = 0; k < count; k += 16) magnitude.add(first_floats(a + k, count - k));
+  return magnitude;
+}
+
+// How a block lies in parts: each number times 2^-exponent, or, with NaN or Inf, not at all.
+struct SplitScale {
+  int exponent;
+  bool splits;
+};
+
+// pack(scale) packs and returns the Magnitude. Gradients that vanish over many steps are brought to where they split.
+template <class Pack>
+SplitScale pack_to_scale(Pack&& pack) {
+  const Magnitude magnitude = pack(1.0f);
+  if (magnitude.splits()) return {0, true};
+  if (!magnitude.finite()) return {0, false};
+  pack(power_of_two(-magnitude.exponent()));
+  return {magnitude.exponent(), true};
+}
+
 // The upper halves of 32 floats, in order.
 FRNN_HD __m512i upper_halves(__m512i low, __m512i high) {
   alignas(64) static constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
@@ -218,8 +241,25 @@ class SplitWeights {
 
   int64_t panels() const { return divide_up(units_, kUnits); }
 
-  void pack(int64_t panel) const {
+  void pack(int64_t panel) const { splits_.get()[panel] = split(panel, 1.0f).splits(); }
+
+  // As GateWeights.
+  template <class Pause = NoPause>
+  void multiply(const SplitRows& a, int rows, int64_t panel, float* acc, bool add = false,
+                Pause&& pause = NoPause()) const {
+    if (a.splits() && splits_.get()[panel])
+      multiply_parts(a.tiles(), rows, panel, acc, add, pause);
+    else
+      multiply_floats(a.rows(), rows, panel, acc, add);
+  }
+
+  int64_t pauses() const { return divide_up(K_, kAmxDepth) * divide_up(kLanes, 2); }
+
+ protected:
+  // Packs each number times `scale`, a power of two. Returns how large those are.
+  Magnitude split(int64_t panel, float scale) const {
     Magnitude magnitude;
+    const __m512 factor = _mm512_set1_ps(scale);
     const int64_t pair_size = divide_up(K_, kAmxDepth) * parts_ * 2 * kAmxTile;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int lanes = lane / 2 * 2 + 1 < kLanes ? 2 : 1;  // of its pair
@@ -231,11 +271,12 @@ class SplitWeights {
           // Places of units beyond the last repeat it; what they give is dropped.
           const int64_t unit = smallest(panel * kUnits + lane % kVectors * 16 + u, units_ - 1);
           const float* w = of_gate + unit * K_ + k;
-          const __m512 low = first_floats(w, K_ - k), high = first_floats(w + 16, K_ - k - 16);
+          const __m512 low = first_floats(w, K_ - k) * factor;
+          const __m512 high = first_floats(w + 16, K_ - k - 16) * factor;
           magnitude.add(low);
           magnitude.add(high);
           __m512i part[kMostParts];
-          split(low, high, parts_, part);
+          frnn::split(low, high, parts_, part);
           for (int p = 0; p < parts_; ++p) square[p][u] = Vec<float>((Vec<float>::Native)part[p]);
         }
         for (int p = 0; p < parts_; ++p, to += lanes * kAmxTile) {
@@ -244,22 +285,19 @@ class SplitWeights {
         }
       }
     }
-    splits_.get()[panel] = magnitude.splits();
+    return magnitude;
   }
 
-  // As GateWeights.
-  template <class Pause = NoPause>
-  void multiply(const SplitRows& a, int rows, int64_t panel, float* acc, bool add = false,
-                Pause&& pause = NoPause()) const {
-    if (a.splits() && splits_.get()[panel])
-      return split_product<kLanes>(a.tiles(), rows, K_, packed(panel), parts_, acc, add, pause);
+  template <class Pause>
+  void multiply_parts(const BFloat16* a, int rows, int64_t panel, float* acc, bool add, Pause&& pause) const {
+    split_product<kLanes>(a, rows, K_, packed(panel), parts_, acc, add, pause);
+  }
+  void multiply_floats(const float* const* a, int rows, int64_t panel, float* acc, bool add) const {
     for (int r = 0; r < rows; r += kMaxTileRows)
-      direct_product<float, kGates, kVectors>(
-          a.rows() + r, static_cast<int>(smallest(rows - r, kMaxTileRows)), K_, weights_, units_,
-          panel * kUnits, acc + r * kGates * kUnits, add);
+      direct_product<float, kGates, kVectors>(a + r, static_cast<int>(smallest(rows - r, kMaxTileRows)), K_,
+                                              weights_, units_, panel * kUnits, acc + r * kGates * kUnits,
+                                              add);
   }
-
-  int64_t pauses() const { return divide_up(K_, kAmxDepth) * divide_up(kLanes, 2); }
 
  private:
   int64_t panel_size() const { return divide_up(K_, kAmxDepth) * parts_ * kLanes * kAmxTile; }

@@ -56,6 +56,7 @@ struct Bfloat16Kernels {
 struct SplitKernels {
   bool (*pays)(CellKind, const Shape&);
   void (*forward)(CellKind, const ForwardArgs<float>&, int parts);
+  void (*tangent)(CellKind, const TangentArgs<float>&, int parts);
   CpuProblem (*problem)(CellKind, const Shape&, int threads);
 };
 

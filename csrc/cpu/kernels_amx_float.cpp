@@ -8,9 +8,10 @@
 #define FRNN_VECTOR_BYTES 64
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma,prefer-vector-width=512")
-#include "amx_split.h"
+#include "amx_scaled.h"
 //
 #include "layer.h"
+#include "tangent.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -36,24 +37,24 @@ bool split_pays(CellKind kind, const Shape& s) {
   return s.N >= kFewestSplitRowsInAll && s.H >= (gates > 1 ? kFewestSplitUnits : kFewestSplitUnitsOfRnn);
 }
 
-struct SplitDirection : ForwardDirection<float> {
+template <class Direction>
+struct InParts : Direction {
   int parts;
 };
 
-template <class Cell, class Recurrent>
-class SplitForwardScan : public ForwardDirectionScan<Cell, float, SplitProducts, Recurrent> {
- public:
-  SplitForwardScan(const Shape& shape, const SplitDirection& d, const CpuPlan& plan)
-      : ForwardDirectionScan<Cell, float, SplitProducts, Recurrent>(shape, d, plan, {d.parts}, recurrent(d)) {
-  }
+template <class Products>
+Products products_of([[maybe_unused]] int parts) {
+  if constexpr (std::is_same_v<Products, PlainProducts<float>>)
+    return {};
+  else
+    return {parts};
+}
 
- private:
-  static Recurrent recurrent([[maybe_unused]] const SplitDirection& d) {
-    if constexpr (std::is_same_v<Recurrent, SplitProducts>)
-      return {d.parts};
-    else
-      return {};
-  }
+// A scan that multiplies its input, or what it knows ahead, as Input does and the state as Recurrent does.
+template <class Scan, class Direction, class Input, class Recurrent>
+struct ScanInParts : Scan {
+  ScanInParts(const Shape& shape, const InParts<Direction>& d, const CpuPlan& plan)
+      : Scan(shape, d, plan, products_of<Input>(d.parts), products_of<Recurrent>(d.parts)) {}
 };
 
 CpuProblem split_problem(CellKind kind, const Shape& shape, int threads) {
@@ -63,20 +64,34 @@ CpuProblem split_problem(CellKind kind, const Shape& shape, int threads) {
   return p;
 }
 
-void split_forward(CellKind kind, const ForwardArgs<float>& args, int parts) {
-  const LayerArgs<SplitDirection> split{
+template <template <class, class, class, class> class Scan, class Input, class Direction>
+void run_in_parts(CellKind kind, const LayerArgs<Direction>& args, int parts) {
+  const LayerArgs<InParts<Direction>> split{
       args.shape, {{args.direction[0], parts}, {args.direction[1], parts}}, args.threads};
   const CpuProblem problem = split_problem(kind, args.shape, args.threads);
   with_cell(kind, [&](auto cell) {
+    const auto run = [&](auto recurrent) {
+      using Recurrent = decltype(recurrent);
+      run_layer<ScanInParts<Scan<decltype(cell), float, Input, Recurrent>, Direction, Input, Recurrent>>(
+          split, problem);
+    };
     if (splits_state(args.shape))
-      run_layer<SplitForwardScan<decltype(cell), SplitProducts>>(split, problem);
+      run(products_of<Input>(parts));
     else
-      run_layer<SplitForwardScan<decltype(cell), PlainProducts<float>>>(split, problem);
+      run(PlainProducts<float>());
   });
 }
 
+void split_forward(CellKind kind, const ForwardArgs<float>& args, int parts) {
+  run_in_parts<ForwardDirectionScan, SplitProducts>(kind, args, parts);
+}
+
+void split_tangent(CellKind kind, const TangentArgs<float>& args, int parts) {
+  run_in_parts<TangentDirectionScan, ScaledSplitProducts>(kind, args, parts);
+}
+
 extern const SplitKernels kKernels;
-const SplitKernels kKernels = {&split_pays, &split_forward, &split_problem};
+const SplitKernels kKernels = {&split_pays, &split_forward, &split_tangent, &split_problem};
 
 }  // namespace FRNN_ISA
 }  // namespace frnn

@@ -246,6 +246,8 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
 }  // namespace
 
 void run_tangent(CellKind kind, const TangentArgs<float>& args) {
+  const SplitKernels* split = instruction_set().split;
+  if (split && split->pays(kind, args.shape)) return split->tangent(kind, args, parts_of_float());
   instruction_set().kernels->tangent(kind, args);
 }
 void run_tangent(CellKind kind, const TangentArgs<double>& args) {
