@@ -4,8 +4,8 @@
 the backward pass (:mod:`fused_rnn.batching`). The second derivative has kernels of its own, for tensors on the CPU.
 What is rarer (a third derivative, the second of each of many samples, tangents) takes :mod:`fused_rnn.reference`.
 
-Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: everything else
-takes :mod:`fused_rnn.autograd`.
+Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: the first derivative
+without transforms takes :mod:`fused_rnn.autograd`, the second the classic twins of these Functions.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class LayerBackward(Function):
         if all(v is None for v in cotangents):
             found = (None,) * len(tensors)
         elif dh is not None and forward_ad._current_level < 0:
-            found = LayerDoubleBackward.apply(
+            found = _cheapest(LayerDoubleBackward).apply(
                 ctx.cell, batch_sizes, wanted, *tensors, *cotangents, output, saved, dh
             )
         else:
@@ -254,6 +254,25 @@ class LayerDoubleBackward(Function):
         return results, tuple(0 if want else None for want in wanted)
 
 
+def _classic(function: type[Function]) -> type[Function]:
+    """The same Function, but that its forward sets up its context."""
+
+    def forward(ctx: FunctionCtx, *arguments):
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (Function,), methods)
+
+
+_CLASSIC = {function: _classic(function) for function in (LayerBackward, LayerDoubleBackward)}
+
+
+def _cheapest(function: type[Function]) -> type[Function]:
+    return function if torch._C._are_functorch_transforms_active() else _CLASSIC[function]
+
+
 _TENSORS = 5  # arguments of LayerBackward before its tensors
 _CONSTANTS = 3  # the last arguments of LayerDoubleBackward: output, saved, dh
 
@@ -275,7 +294,7 @@ def layer_gradients(
         found = iter(compute(*gradients, *arguments))
         return [next(found) if want else None for want in wanted]
     mapped = (False,) * (len(gradients) + len(arguments) + 2)
-    *found, _ = LayerBackward.apply(
+    *found, _ = _cheapest(LayerBackward).apply(
         cell, batch_sizes, tuple(wanted), None, mapped, *gradients, *arguments, output.detach(), saved
     )
     return found
