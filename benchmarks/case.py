@@ -12,7 +12,9 @@ SINGLE_STEPS = ("lstm_cell", "gru_cell", "rnn_cell")
 CELLS = LAYERS + SINGLE_STEPS
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn_relu": 1, "lstm_cell": 4, "gru_cell": 3, "rnn_cell": 1}
 
-MODES = ("infer", "train")
+# penalty: a training step whose loss holds the squares of its gradients too, so that it takes a second derivative.
+MODES = ("infer", "train", "penalty")
+DEFAULT_MODES = ("infer", "train")
 DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp64")
 ITEM_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
@@ -46,6 +48,10 @@ class Case:
     def is_layer(self) -> bool:
         """True for RNN, LSTM and GRU, False for the single-step cells."""
         return self.cell in LAYERS
+
+    @property
+    def training(self) -> bool:
+        return self.mode != "infer"
 
     @property
     def directions(self) -> int:

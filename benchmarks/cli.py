@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands
-from .case import CELLS, DTYPES, LAYERS, LENGTHS, MODES
+from .case import CELLS, DEFAULT_MODES, DTYPES, LAYERS, LENGTHS, MODES
 from .errors import BenchError
 from .options import names, non_negative, positive_int, shape
 from .suites import SUITES
@@ -56,8 +56,9 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         help=f"of {', '.join(DTYPES)} (default: fp32 on a CPU, bf16,tf32 on a GPU)",
     )  # fmt: skip
     run.add_argument(
-        "--mode", type=names(*MODES), default=list(MODES), metavar="NAME,...", help="of infer, train"
-    )
+        "--mode", type=names(*MODES), default=list(DEFAULT_MODES), metavar="NAME,...",
+        help="of infer, train, penalty (default: infer,train)",
+    )  # fmt: skip
     run.add_argument(
         "--against", type=lambda text: [part.strip() for part in text.split(",")], metavar="NAME,...",
         help="peers: torch (always), onnxruntime, openvino, haste, flashrnn (default: all installed)",
@@ -134,7 +135,7 @@ def _add_explain(verbs: argparse._SubParsersAction) -> None:
     explain.add_argument("--shape", type=shape, required=True, metavar="T,B,I,H")
     explain.add_argument("--device", choices=("cpu", "cuda"), required=True)
     explain.add_argument("--arch", metavar="sm_90", help="GPU architecture to plan for; needs no GPU")
-    explain.add_argument("--mode", choices=MODES, default="infer")
+    explain.add_argument("--mode", choices=DEFAULT_MODES, default="infer")
     explain.add_argument("--dtype", choices=DTYPES, default="fp32")
     explain.add_argument(
         "--proj", type=positive_int, default=0, metavar="P", help="projection size of an LSTM"

@@ -49,30 +49,35 @@ def weight_count(case: Case) -> int:
     return sum(gate_rows * (size + case.H + 2) for size in _input_sizes(case))
 
 
-def flops(case: Case) -> int:
-    """Operations of the matrix products: one forward, and twice as much again for a training step.
+# Matrix products as multiples of a forward's two. A training step's gradients of the weights, of the state and of the
+# input are four more. With a penalty these are made twice, and the second derivative, where both factors of each of the
+# six change, is twelve.
+_PRODUCTS = {"infer": 1, "train": 3, "penalty": 11}
 
-    Training counts the gradients of the weights, of the state and of the input; gate maths is not counted.
-    """
+
+def flops(case: Case) -> int:
+    """Operations of the matrix products; gate maths is not counted."""
     gate_rows = case.directions * GATES[case.cell] * case.H
     forward = sum(2 * gate_rows * (size + case.H) for size in _input_sizes(case)) * case.frames
-    return forward * (3 if case.mode == "train" else 1)
+    return forward * _PRODUCTS[case.mode]
 
 
 def compulsory_bytes(case: Case) -> int:
     """Traffic that no kernel can avoid: weights, input and output once; in training their gradients too."""
     values = weight_count(case) + case.frames * (case.I + case.directions * case.H)
-    return values * case.item_bytes * (2 if case.mode == "train" else 1)
+    return values * case.item_bytes * (2 if case.training else 1)
 
 
 def memory_needed(case: Case) -> int:
     """A guess, on the safe side, of what measuring the case takes: two contenders and a float64 reference."""
     per_frame = case.I + case.layers * case.directions * case.H * (GATES[case.cell] + 4)
-    weights = weight_count(case) * (2 if case.mode == "train" else 1)
+    if case.mode == "penalty":  # torch.nn records every operation of a step, and those of its backward pass
+        per_frame *= 8
+    weights = weight_count(case) * (2 if case.training else 1)
     return case.frames * per_frame * (8 + 2 * case.item_bytes) + weights * (8 + 4 * case.item_bytes)
 
 
 def call_seconds(case: Case, ceiling: Ceiling) -> float:
     """A guess of one call: a fifth of the matmul rate, and 5 us a step for everything else."""
-    steps = case.T * case.layers * (3 if case.mode == "train" else 1)
+    steps = case.T * case.layers * _PRODUCTS[case.mode]
     return 5 * flops(case) / ceiling.matmul[case.dtype] + 5e-6 * steps

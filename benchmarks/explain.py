@@ -59,7 +59,7 @@ def strategies(case: Case) -> dict[str, str]:
     if case.device != "cuda" or not case.is_layer:
         return {}
     plan = explain(
-        case.cell, (case.T, case.B, case.I, case.H), device="cuda", dtype=case.dtype, training=case.mode == "train",
+        case.cell, (case.T, case.B, case.I, case.H), device="cuda", dtype=case.dtype, training=case.training,
         projection=0, directions=case.directions, threads=1, arch=None,
     )  # fmt: skip
     found = {name: plan[name] for name in ("strategy", "backward_strategy") if name in plan}

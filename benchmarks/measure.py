@@ -151,7 +151,11 @@ class Measurement:
     def _sample(self, name: str) -> None:
         if name in self._runnables:
             with self._blaming(name):
-                self._entries[name].samples.append(self._runnables[name].time(self._calls(name)))
+                entry, runnable, calls = self._entries[name], self._runnables[name], self._calls(name)
+                entry.samples.append(runnable.time(calls))
+                training = runnable.time_training(calls)
+                if training is not None:
+                    entry.training_samples.append(training)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,11 @@ from .tables import number, threads
 # Hues that colour-blind readers tell apart (Okabe and Ito); a cell shares its layer's, with another marker.
 _COLOURS = {"lstm": "#0072B2", "gru": "#D55E00", "rnn": "#009E73", "rnn_relu": "#CC79A7"}
 _MARKERS = {True: "o", False: "s"}
-_MODE_TITLES = {"infer": "inference", "train": "training (forward and backward)"}
+_MODE_TITLES = {
+    "infer": "inference",
+    "train": "training (forward and backward)",
+    "penalty": "training with a gradient penalty",
+}
 
 
 def save_plots(results: Results, folder: Path, stem: str) -> list[Path]:

@@ -49,7 +49,7 @@ class Problem:
 
     @property
     def training(self) -> bool:
-        return self.case.mode == "train"
+        return self.case.training
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype; exact when it is a wider one."""
@@ -129,11 +129,20 @@ def module_call(module: nn.Module, problem: Problem) -> Prepared:
     """The case as a call of a module with torch.nn's interface.
 
     Inference is the forward call. A training step is forward and backward: gradients of every parameter, of
-    the input, and of the state where one is given.
+    the input, and of the state where one is given. With a penalty the squares of these are added to the loss.
     """
     module.load_state_dict(problem.weights)
     module.train(problem.training)
     return _layer_call(module, problem) if problem.case.is_layer else _cell_call(module, problem)
+
+
+def _penalized(output: Tensor, wanted: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
+    first = torch.autograd.grad(output, wanted, cotangent, create_graph=True)
+    penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
+    return torch.autograd.grad((output, penalty), wanted, (cotangent, None))
+
+
+_GRADIENTS = {"train": torch.autograd.grad, "penalty": _penalized}
 
 
 def _leaf(value: Tensor, problem: Problem) -> Tensor:
@@ -147,6 +156,7 @@ def _layer_call(module: nn.Module, problem: Problem) -> Prepared:
     names, parameters = zip(*module.named_parameters(), strict=True)
     wanted = (leaf, *parameters)
     cotangent = problem.cotangent
+    gradients = _GRADIENTS.get(problem.case.mode)
 
     def infer() -> Any:
         return module(x), ()
@@ -154,7 +164,7 @@ def _layer_call(module: nn.Module, problem: Problem) -> Prepared:
     def train() -> Any:
         result = module(x)
         output = result[0].data if packed else result[0]
-        return result, torch.autograd.grad(output, wanted, cotangent)
+        return result, gradients(output, wanted, cotangent)
 
     def collect(returned: Any) -> Outputs:
         (output, state), gradients = returned
@@ -174,6 +184,7 @@ def _cell_call(module: nn.Module, problem: Problem) -> Prepared:
     names, parameters = zip(*module.named_parameters(), strict=True)
     wanted = (*steps, *states, *parameters)
     cotangent = problem.cotangent
+    gradients = _GRADIENTS.get(problem.case.mode)
     is_pair = problem.case.has_cell_state
     start = states if is_pair else states[0]
 
@@ -187,7 +198,7 @@ def _cell_call(module: nn.Module, problem: Problem) -> Prepared:
         state = start
         for step in steps:
             state = module(step, state)
-        return state, torch.autograd.grad(state[0] if is_pair else state, wanted, cotangent)
+        return state, gradients(state[0] if is_pair else state, wanted, cotangent)
 
     def collect(returned: Any) -> Outputs:
         state, gradients = returned

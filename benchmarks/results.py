@@ -30,6 +30,7 @@ class Entry:
     status: str
     reason: str = ""
     samples: list[float] = field(default_factory=list)
+    training_samples: list[float] = field(default_factory=list)  # of the step without its penalty
     calls_per_sample: int = 1
     parity: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
@@ -43,6 +44,13 @@ class Entry:
     def timed(self) -> bool:
         return self.status in ("ok", "loose")
 
+    @property
+    def times_training(self) -> float | None:
+        """A step with a penalty as a multiple of one without; None in other modes."""
+        if not (self.timed and self.training_samples):
+            return None
+        return self.spread.median / Spread.of(self.training_samples).median
+
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"status": self.status}
         if self.timed:
@@ -54,6 +62,9 @@ class Entry:
                 "calls_per_sample": self.calls_per_sample,
                 "samples_us": [_microseconds(sample) for sample in self.samples],
             }
+        if self.times_training is not None:
+            data["times_training"] = round(self.times_training, 3)
+            data["training_samples_us"] = [_microseconds(sample) for sample in self.training_samples]
         optional = ("reason", "parity", "memory", "settings")
         return data | {name: getattr(self, name) for name in optional if getattr(self, name)}
 
@@ -218,6 +229,11 @@ def _entry_from_json(data: Any, where: str) -> Entry:
         if not samples:
             raise BenchError(f"{where} has no samples")
         entry.samples = [_positive(sample, f"a sample of {where}") * 1e-6 for sample in samples]
+        if "training_samples_us" in data:
+            entry.training_samples = [
+                _positive(sample, f"a training sample of {where}") * 1e-6
+                for sample in _get(data, "training_samples_us", list, where)
+            ]
         entry.calls_per_sample = _get(data, "calls_per_sample", int, where)
     for name, kind in (("reason", str), ("parity", dict), ("memory", dict), ("settings", dict)):
         if name in data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .case import MODES, SINGLE_STEPS, Case
+from .case import DEFAULT_MODES, SINGLE_STEPS, Case
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Line:
     B: int
     I: int
     H: int
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = DEFAULT_MODES
     layers: int = 1
     bidirectional: bool = False
     lengths: str = "dense"
@@ -120,13 +120,13 @@ def cases(
     *,
     device: str,
     dtypes: Iterable[str],
-    modes: Iterable[str] = MODES,
+    modes: Iterable[str] = DEFAULT_MODES,
     only_cells: Iterable[str] | None = None,
     graph: bool = False,
 ) -> Iterator[Case]:
     """Every case of these lines, line by line, so that a run that stops early has seen every cell.
 
-    `graph` adds a graph-captured twin after each eager case.
+    `graph` adds a graph-captured twin after each eager case. What is trained can be trained with a penalty.
     """
     wanted = None if only_cells is None else set(only_cells)
     for line in lines:
@@ -135,7 +135,7 @@ def cases(
                 if wanted is not None and cell not in wanted:
                     continue
                 for mode in modes:
-                    if mode not in line.modes:
+                    if ("train" if mode == "penalty" else mode) not in line.modes:
                         continue
                     for captured in (False, True) if graph else (False,):
                         yield Case(

@@ -35,6 +35,8 @@ def case_table(results: Results) -> Table:
     with_memory = any(entry.memory for record in results.records for entry in record.entries.values())
     columns = ["cell", "mode", "dtype", "T x B x H", "ms", "us a step", "TFLOP/s", "ceiling"]
     columns += [f"x {peer}" for peer in peers]
+    with_penalty = any(_times_training(record) is not None for record in results.records)
+    columns += ["/ train"] if with_penalty else []
     columns += ["MB", "MB torch"] if with_memory else []
     with_peak = any(
         "peak_bytes" in (entry.memory or ())
@@ -49,6 +51,9 @@ def case_table(results: Results) -> Table:
         if record.failed:
             bad.add(index)
         row = _case_row(record, results, peers)
+        if with_penalty:
+            times = _times_training(record)
+            row.append("-" if times is None else f"{times:.2f}")
         if with_memory:
             row += [_megabytes(record.entries.get(name), "bytes") for name in (OURS, "torch")]
         if with_peak:
@@ -57,6 +62,10 @@ def case_table(results: Results) -> Table:
             row.append(record.case.note)
         rows.append(row)
     return Table("Cases", columns, rows, frozenset(bad))
+
+
+def _times_training(record: Record) -> float | None:
+    return record.entries[OURS].times_training if OURS in record.entries else None
 
 
 def _case_row(record: Record, results: Results, peers: list[str]) -> list[str]:

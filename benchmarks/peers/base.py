@@ -28,6 +28,10 @@ class Runnable(ABC):
     def time(self, calls: int) -> float:
         """Seconds a call, over this many calls."""
 
+    def time_training(self, calls: int) -> float | None:
+        """Of a case with a penalty, seconds a step without one, or None where nobody asks."""
+        return None
+
     def memory(self) -> dict[str, Any] | None:
         """Memory of a training step, or None where it cannot be seen."""
         return None

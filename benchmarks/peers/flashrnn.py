@@ -41,6 +41,7 @@ class FlashRnn(Contender):
             (case.dtype not in _DTYPES, f"no {case.dtype}"),
             (case.layers > 1 or case.bidirectional, "one layer in one direction only"),
             (case.lengths != "dense", "no packed sequences"),
+            (case.mode == "penalty", "no second derivative"),
         )
 
     def version(self) -> str:

@@ -31,6 +31,7 @@ class Haste(Contender):
             (case.dtype not in ("fp32", "fp64"), f"no {case.dtype}"),
             (case.layers > 1 or case.bidirectional, "one layer in one direction only"),
             (case.lengths != "dense", "no packed sequences"),
+            (case.mode == "penalty", "no second derivative"),
         )
 
     def prepare(self, problem: Problem) -> LocalRunnable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -49,12 +50,29 @@ class _Planned(LocalRunnable):
         return strategies(self._case)
 
 
+class _Penalized(_Planned):
+    """Knows the same case without a penalty, `training`, to be measured beside it."""
+
+    training: LocalRunnable
+
+    def time_training(self, calls: int) -> float:
+        return self.training.time(calls)
+
+
 class FusedRnn(ModuleContender):
     name = "fused_rnn"
     runnable = _Planned
 
     def namespace(self) -> ModuleType:
         return importlib.import_module("fused_rnn")
+
+    def prepare(self, problem: Problem) -> LocalRunnable:
+        if problem.case.mode != "penalty":
+            return super().prepare(problem)
+        module = build_module(self.namespace(), problem.case, problem.x.dtype, problem.case.device)
+        runnable = _Penalized(module_call(module, problem), problem.case)
+        runnable.training = super().prepare(replace(problem, case=replace(problem.case, mode="train")))
+        return runnable
 
     def missing(self) -> str | None:
         try:
