@@ -102,7 +102,7 @@ struct DualBackwardDirection {
   const T* dh_change;  // [N, H], the part due to w_hr, or null: zero
   T* carry;            // [B, H], as in BackwardDirection
   T* dgates;           // [N, kGateGrads*H]
-  T* dgates_change;    // likewise
+  T* dgates_change;    // likewise; may be `saved_tangent` itself, of a cell where both are as large
   T* carry_change;     // [N, H], of what the row's step leaves in `carry`; null for cells without one
 };
 

@@ -5,7 +5,6 @@
 // (csrc/cpu/dual_backward.h).
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 
 #include "../cpu/kernels.h"
@@ -107,8 +106,11 @@ void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, con
       dh_change[d] = product(p, dh[d], v.weights[d].w_hr);
       dh[d] = product(p, dh[d], p.weights[d].w_hr);
     }
-    for (auto* gradients : {&t.dgates, &changes.dgates})
-      gradients->push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
+    t.dgates.push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
+    // What a unit has saved is read before its gradients are stored and, without a projection, never again.
+    changes.dgates.push_back(s.P == 0 && p.cell.saved == p.cell.gate_grads
+                                 ? t.saved_tangent.select(0, d)
+                                 : p.allocate({s.N, p.cell.gate_grads * s.H}));
     if (p.cell.carry) changes.adds_carry.push_back(p.allocate({s.N, s.H}));
     DualBackwardDirection<T>& to = args.direction[d];
     to.forward = forward.direction[d];
@@ -141,6 +143,10 @@ BackwardTensors scan_back(const Problem& p, const TangentArgs<T>& forward, Tenso
   changes.wants_dh0 = wanted(kH0);
   for (int64_t d = 0; d < s.D; ++d) changes.wants_previous |= wanted.weight(d, kWhh);
   p.backend.backward(p, changes);
+  // Only the scans read these; the products that follow can have their memory.
+  changes.adds_carry.clear();
+  changes.adds_previous.clear();
+  if (s.P == 0) t.saved_tangent.reset();
   return changes;
 }
 
