@@ -46,10 +46,12 @@ class Entry:
 
     @property
     def times_training(self) -> float | None:
-        """A step with a penalty as a multiple of one without; None in other modes."""
+        """A step with a penalty as a multiple of one without, the median of samples taken side by side: what slows the
+        machine for a while slows both. None in other modes."""
         if not (self.timed and self.training_samples):
             return None
-        return self.spread.median / Spread.of(self.training_samples).median
+        pairs = zip(self.samples, self.training_samples, strict=False)
+        return Spread.of([penalized / plain for penalized, plain in pairs]).median
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"status": self.status}
