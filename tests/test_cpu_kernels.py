@@ -232,6 +232,21 @@ def test_nan_and_inf_reach_the_output_as_in_reference(cell: str, value: float) -
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_past_a_nan_are_those_of_reference(cell: str, isa: str) -> None:
+    """Among them the slope of relu at NaN, which torch takes to be one."""
+    _C.set_isa(isa)
+    arguments = make_layer(cell, 4, 3, 5, 20)
+    arguments[0][1, 1, 2] = float("nan")
+    output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
+    gradients = [torch.ones_like(output), None, None]
+    found = ops.layer_backward(cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
+    for ours, theirs in zip(found, gradients_by_reference(cell, arguments, gradients), strict=False):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def plan(cell: str = "lstm", **sizes: int | str) -> dict:
     return _C.cpu_plan(cell, **{"T": 50, "B": 32, "I": 256, "H": 256, "threads": 2, **sizes})
 

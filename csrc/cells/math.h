@@ -31,8 +31,8 @@ FRNN_HD double tanh_(double x) { return ::tanh(x); }
 FRNN_HD float relu(float x) { return x < 0.0f ? 0.0f : x; }
 FRNN_HD double relu(double x) { return x < 0.0 ? 0.0 : x; }
 
-FRNN_HD float step_function(float x) { return x > 0.0f ? 1.0f : 0.0f; }
-FRNN_HD double step_function(double x) { return x > 0.0 ? 1.0 : 0.0; }
+FRNN_HD float step_function(float x) { return x <= 0.0f ? 0.0f : 1.0f; }
+FRNN_HD double step_function(double x) { return x <= 0.0 ? 0.0 : 1.0; }
 
 // Derivatives written in the function's own output y, so that no pre-activation has to be saved.
 template <class V>

@@ -250,7 +250,7 @@ FRNN_HD Vec<T> relu(Vec<T> x) {
 
 template <class T>
 FRNN_HD Vec<T> step_function(Vec<T> x) {
-  return Vec<T>(x.v > T(0) ? Vec<T>(T(1)).v : Vec<T>(T(0)).v);
+  return Vec<T>(x.v <= T(0) ? Vec<T>(T(0)).v : Vec<T>(T(1)).v);
 }
 
 }  // namespace FRNN_ISA
