@@ -62,21 +62,29 @@ def _subtitle(results: Results, dtype: str) -> str:
 
 
 def _speedup(results: Results, records: list[Record], dtype: str) -> Figure | None:
-    """A panel for each peer and mode, a row for each shape, a dot for each cell; 1 is the peer's speed."""
-    peers = [peer for peer in results.peers if any(record.speedup(peer) for record in records)]
-    modes = [mode for mode in MODES if any(record.case.mode == mode for record in records)]
-    if not peers:
+    """A panel for each peer and mode that were measured, a row for each shape, a dot for each cell; 1 is the peer's
+    speed."""
+    panels = {}
+    for peer in results.peers:
+        for mode in MODES:
+            of_both = [r for r in records if r.case.mode == mode and r.speedup(peer) is not None]
+            if of_both:
+                panels[peer, mode] = of_both
+    if not panels:
         return None
     shapes = list(dict.fromkeys(record.case.shape for record in records))[::-1]
-    size = (2.4 + 3.6 * len(modes), 1.3 + (0.6 + 0.26 * len(shapes)) * len(peers))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (2.4 + 3.6 * columns, 1.3 + (0.6 + 0.26 * len(shapes)) * rows)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(peers), len(modes), squeeze=False, sharex=True, sharey=True)
-    for peer, row in zip(peers, grid, strict=True):
-        for mode, axes in zip(modes, row, strict=True):
-            _speedup_panel(axes, [record for record in records if record.case.mode == mode], peer, shapes)
-            axes.set_title(f"against {peer}, {_MODE_TITLES[mode]}", fontsize=9, loc="left")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, ((peer, mode), of_both) in zip(grid.flat, panels.items(), strict=False):
+        _speedup_panel(axes, of_both, peer, shapes)
+        axes.set_title(f"against {peer}, {_MODE_TITLES[mode]}", fontsize=9, loc="left")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
     # One scale for all panels, wide enough for every dot, so that they can be read against each other.
-    speedups = [value for record in records for peer in peers if (value := record.speedup(peer)) is not None]
+    speedups = [record.speedup(peer) for (peer, _), of_both in panels.items() for record in of_both]
     grid[0, 0].set_xlim(min(0.7, min(speedups) / 1.2), max(2.0, max(speedups) * 1.2))
     for axes in grid[-1]:
         axes.set_xlabel("times faster (log scale)", fontsize=9)
@@ -89,10 +97,9 @@ def _speedup(results: Results, records: list[Record], dtype: str) -> Figure | No
 
 def _speedup_panel(axes: Axes, records: list[Record], peer: str, shapes: list[str]) -> None:
     for record in records:
-        speedup = record.speedup(peer)
-        if speedup is not None:
-            colour, marker = _style(record.case.cell)
-            axes.plot(speedup, shapes.index(record.case.shape), marker, color=colour, markersize=6, alpha=0.9)
+        colour, marker = _style(record.case.cell)
+        row = shapes.index(record.case.shape)
+        axes.plot(record.speedup(peer), row, marker, color=colour, markersize=6, alpha=0.9)
     axes.axvline(1, color="#555555", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
