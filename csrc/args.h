@@ -54,8 +54,11 @@ struct BackwardDirection {
   const T* grad_output;        // [N, Hr], row stride grad_output_stride, or null: zero
   int64_t grad_output_stride;
   const T* grad_hn;  // [B, Hr] or null: zero
-  T* dgates;         // [N, kGateGrads*H]; may be `saved` itself, of a cell where both are as large
-  T* dh;             // [N, Hr], gradient of every h_t; null where not wanted, never with a projection
+  // [N, kGateGrads*H], row stride dgates_stride. Each row may take the place of the first numbers of `saved`'s: what a
+  // step reads of the row before, the LSTM's c, lies behind them.
+  T* dgates;
+  int64_t dgates_stride;
+  T* dh;  // [N, Hr], gradient of every h_t; null where not wanted, never with a projection
   // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
   Accumulate<T>* carry;
   T* dh0;  // [B, Hr] or null: not wanted. The GRU's carry is added into it

@@ -61,10 +61,10 @@ class Layer(Function):
         recompute = recompute and ops.CELLS[cell].saved > 0
         output, hn, cn, saved = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, not recompute)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
-        # Where the gates' gradients are as large as what is saved, they may take its place, unless a hook has seen it.
+        # Where as much is saved as the gates' gradients take, they may lie in its place, unless a hook has seen it.
         traits = ops.CELLS[cell]
         ctx.reuses_saved = (
-            traits.saved == traits.gate_grads
+            traits.saved >= traits.gate_grads
             and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         )
         wanted = ctx.needs_input_grad

@@ -20,7 +20,7 @@ class BackwardUnits {
   static constexpr int kStored = kVectors * sizeof(S) / sizeof(T);
 
   BackwardUnits(const Shape& shape, const BackwardDirection<S>& d)
-      : shape_(shape), d_(d), H_(shape.H), Hr_(shape.Hr()), dgates_stride_(Cell::kGateGrads * H_),
+      : shape_(shape), d_(d), H_(shape.H), Hr_(shape.Hr()), dgates_stride_(d.dgates_stride),
         scan_{shape, d.reverse} {}
 
   const S* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }

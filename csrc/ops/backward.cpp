@@ -81,8 +81,10 @@ Backward backward(const Problem& p, const OptTensor& grad_output, const OptTenso
     TORCH_CHECK(!wanted.weight(d, kWih) || t.x.defined(), "fused_rnn: the gradient of w_ih needs input");
   }
   // The gradients of the gates take the place of the gates: half of what this pass would hold otherwise.
-  if (wanted(kSavedIsSpent) && p.device.is_cpu() && p.cell.saved == p.cell.gate_grads && p.kept == p.compute)
-    t.dgates = t.saved.unbind(0);
+  // A projection's gradient reads the gates after the scan.
+  if (wanted(kSavedIsSpent) && p.backend.spends_saved && s.P == 0 && p.cell.saved >= p.cell.gate_grads &&
+      p.kept == p.compute)
+    t.dgates = part(t.saved, 2, 0, p.cell.gate_grads * s.H).unbind(0);
   const bool wants_dh = wanted(kStateGradients);
   scan(p, t, grad_cn, wants_dh);
 

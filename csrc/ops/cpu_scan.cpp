@@ -155,6 +155,7 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.grad_output_stride = s.D * s.Hr();
     to.grad_hn = at_direction(t.grad_hn, d);
     to.dgates = stored_out<S>(t.dgates[d]);
+    to.dgates_stride = t.dgates[d].stride(0);
     to.dh = stored_out<S>(t.dh[d]);
     to.carry = sums_at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
@@ -298,6 +299,7 @@ const Backend kCpuBackend{
     },
     /*keeps_wide=*/true,
     /*padded_rows=*/true,
+    /*spends_saved=*/true,
     [](const Problem& p, bool save, ForwardTensors& t) {
       if (p.compute == at::kBFloat16) return forward<BFloat16>(p, save, t);
       p.compute == at::kFloat ? forward<float>(p, save, t) : forward<double>(p, save, t);

@@ -135,8 +135,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data[kCell] = call.cell;
     ctx->saved_data[kIsCell] = call.is_cell;
-    // Where the gates' gradients are as large as what is saved, they may take its place, unless a hook has seen it.
-    ctx->saved_data[kUnseen] = !call.is_cell && traits.saved == traits.gate_grads &&
+    // Where as much is saved as the gates' gradients take, they may lie in its place, unless a hook has seen it.
+    ctx->saved_data[kUnseen] = !call.is_cell && traits.saved >= traits.gate_grads &&
                                at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
     ctx->set_materialize_grads(false);
     return results;

@@ -32,8 +32,9 @@ struct Backend {
   bool (*computes_in)(const Problem& p, Stage stage);
   // Whether products around the backward scan take operands of this dtype, though the scan itself may not.
   bool (*multiplies)(at::ScalarType dtype);
-  bool keeps_wide;   // saves for the backward pass in the dtype of sums
-  bool padded_rows;  // takes the rows of a pass forward as [T, B, columns] too: a view costs a dispatch
+  bool keeps_wide;    // saves for the backward pass in the dtype of sums
+  bool padded_rows;   // takes the rows of a pass forward as [T, B, columns] too: a view costs a dispatch
+  bool spends_saved;  // a backward scan may write `dgates` over `saved`
   void (*forward)(const Problem& p, bool save, ForwardTensors& t);
   void (*backward)(const Problem& p, BackwardTensors& t);
   // result = a^T b, a [rows, m], b [rows, n]: a sum over the rows of all steps.

@@ -66,6 +66,7 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
       to.output_stride = to.grad_output_stride = D * H;
       to.grad_hn = of_direction(grad_hn, B * H);
       to.dgates = dgates + d * N * Cell::kGateGrads * H;
+      to.dgates_stride = Cell::kGateGrads * H;
       to.dh = of_direction(dh, N * H);
       to.carry = of_direction(carry, B * H);
       to.dh0 = of_direction(dh0, B * H);

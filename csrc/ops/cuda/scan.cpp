@@ -127,6 +127,7 @@ const Backend kCudaBackend{
     [](at::ScalarType) { return true; },
     /*keeps_wide=*/false,
     /*padded_rows=*/false,
+    /*spends_saved=*/false,
     [](const Problem& p, bool save, ForwardTensors& t) {
       const c10::DeviceGuard device(p.device);
       with_dtype(p.compute, [&](auto number) { forward<decltype(number)>(p, save, t); });
