@@ -52,7 +52,6 @@ struct Bfloat16Kernels {
 };
 
 // Float layers whose operands are multiplied as sums of `parts` bfloat16: three are float's accuracy, two are faster.
-// x is given, and gates_x is not.
 struct SplitKernels {
   bool (*pays)(CellKind, const Shape&);
   void (*forward)(CellKind, const ForwardArgs<float>&, int parts);

@@ -51,11 +51,14 @@ bool read_once(const variable_list& gradients, const variable_list& saved) {
 OptTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : OptTensor(); }
 
 // By way of the dispatcher: gradients may be anything that a tensor can be, and modes may listen by now.
+template <class Signature>
+auto operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
 Tensors7 call_cell_backward(const std::string& cell, const variable_list& g, const variable_list& t,
                             int64_t needs) {
-  static const auto call = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_rnn::cell_backward", "")
-                               .typed<decltype(cell_backward)>();
+  static const auto call = operator_of<decltype(cell_backward)>("fused_rnn::cell_backward");
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(t[0]), opt(t[1]), opt(t[2]), t[3], t[4], opt(t[5]),
                    opt(t[6]), t[kOutput], t[kSaved], needs);
@@ -63,9 +66,7 @@ Tensors7 call_cell_backward(const std::string& cell, const variable_list& g, con
 
 Tensors14 call_layer_backward(const std::string& cell, const variable_list& g, const variable_list& t,
                               int64_t needs) {
-  static const auto call = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_rnn::layer_backward", "")
-                               .typed<decltype(layer_backward)>();
+  static const auto call = operator_of<decltype(layer_backward)>("fused_rnn::layer_backward");
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(g[2]), opt(t[0]), {}, opt(t[1]), opt(t[2]), t[3], t[4],
                    opt(t[5]), opt(t[6]), opt(t[7]), opt(t[8]), opt(t[9]), opt(t[10]), opt(t[11]), opt(t[12]),
