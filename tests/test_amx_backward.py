@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import LAYERS, assert_law, assert_parity
+from parity import LAYERS, assert_parity
 from test_ops import CELLS, make_layer
-from tiles import build_kernels
+from tiles import assert_float_law, build_kernels, on_hardware
 from torch import Tensor
 
 from fused_rnn import _C, ops
@@ -121,19 +121,7 @@ def amx_float(request: pytest.FixtureRequest) -> Scan:
     if request.param == "emulated":
         library = request.getfixturevalue("library")
         return functools.partial(emulated, library.frnn_amx_backward_float)
-    if "amx" not in _C.isas():
-        pytest.skip("this CPU has no AMX")
-    return functools.partial(by_operator, isa="amx")
-
-
-def assert_float_law(scan: Scan, *cases: Case) -> None:
-    """Beside the scan in AVX-512, whose errors are about two thirds of those of torch's products."""
-    assert_law(
-        *(
-            (scan(case), by_operator(case, "avx512"), by_operator(case.to(torch.float64), "portable"))
-            for case in cases
-        )
-    )
+    return on_hardware(by_operator)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -151,7 +139,7 @@ def test_float_keeps_the_law(
 ) -> None:
     """Layers that go this way by themselves."""
     torch.set_num_threads(threads)
-    assert_float_law(amx_float, *(Case(cell, T, B, H, torch.float32, **form) for _ in range(2)))
+    assert_float_law(amx_float, by_operator, *(Case(cell, T, B, H, torch.float32, **form) for _ in range(2)))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -165,7 +153,7 @@ def test_float_of_odd_sizes_keeps_the_law(cell: str, H: int, library: ctypes.CDL
         draws = min(64, max(2, 1000 // (B * H)))  # few numbers say nothing of the accuracy
         form = {"packed": packed and T > 1, "directions": directions, "states": states}
         cases = [Case(cell, T, B, H, torch.float32, **form) for _ in range(draws)]
-        assert_float_law(functools.partial(emulated, library.frnn_amx_backward_float), *cases)
+        assert_float_law(functools.partial(emulated, library.frnn_amx_backward_float), by_operator, *cases)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -206,7 +194,7 @@ def test_gradients_of_any_size_keep_the_law(cell: str, scale: float, amx_float: 
         case = Case(cell, 4, 40, 260, torch.float32)
         case.gradients = [None if g is None else g * scale for g in case.gradients]
         cases.append(case)
-    assert_float_law(amx_float, *cases)
+    assert_float_law(amx_float, by_operator, *cases)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import assert_law
 from test_amx_backward import as_dtype
 from test_ops import CELLS, make_layer
-from tiles import build_kernels
+from tiles import assert_float_law, build_kernels, on_hardware
 from torch import Tensor
 
 from fused_rnn import _C, ops
@@ -119,19 +118,7 @@ def emulated(function: Callable, case: Case, parts: int = 3) -> dict[str, Tensor
 def amx(request: pytest.FixtureRequest) -> Scan:
     if request.param == "emulated":
         return functools.partial(emulated, request.getfixturevalue("library").frnn_amx_tangent)
-    if "amx" not in _C.isas():
-        pytest.skip("this CPU has no AMX")
-    return functools.partial(by_operator, isa="amx")
-
-
-def assert_float_law(scan: Scan, *cases: Case) -> None:
-    """Beside the scan in AVX-512, which has torch's accuracy (test_double_backward.py)."""
-    assert_law(
-        *(
-            (scan(case), by_operator(case, "avx512"), by_operator(case.to(torch.float64), "portable"))
-            for case in cases
-        )
-    )
+    return on_hardware(by_operator)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -151,7 +138,7 @@ def assert_float_law(scan: Scan, *cases: Case) -> None:
 def test_float_keeps_the_law(cell: str, T: int, B: int, H: int, threads: int, form: dict, amx: Scan) -> None:
     """Layers that go this way by themselves."""
     torch.set_num_threads(threads)
-    assert_float_law(amx, *(Case(cell, T, B, H, **form) for _ in range(2)))
+    assert_float_law(amx, by_operator, *(Case(cell, T, B, H, **form) for _ in range(2)))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -165,7 +152,7 @@ def test_float_of_odd_sizes_keeps_the_law(cell: str, H: int, library: ctypes.CDL
         draws = min(64, max(2, 1000 // (B * H)))  # few numbers say nothing of the accuracy
         form = {"packed": packed and T > 1, "directions": directions, "states": states}
         cases = [Case(cell, T, B, H, I=(3, 63, 64, 1)[B % 4], **form) for _ in range(draws)]
-        assert_float_law(functools.partial(emulated, library.frnn_amx_tangent), *cases)
+        assert_float_law(functools.partial(emulated, library.frnn_amx_tangent), by_operator, *cases)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -186,7 +173,7 @@ def test_changes_of_any_size_keep_the_law(cell: str, scale: float, changes: tupl
         case = Case(cell, 4, 40, 260, changes=changes)
         case.changes = [None if v is None else v * scale for v in case.changes]
         cases.append(case)
-    assert_float_law(amx, *cases)
+    assert_float_law(amx, by_operator, *cases)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from parity import assert_law
 
 from fused_rnn import _C
 
@@ -29,3 +34,20 @@ def build_kernels(folder: Path, entry: str, kernels: list[str], emulated: bool =
         flags.append("-DFRNN_AMX_EMULATION")
     subprocess.run([shutil.which("g++") or "c++", "-shared", *flags, *files, "-o", target], check=True)
     return ctypes.CDLL(str(target))
+
+
+def on_hardware(by_operator: Callable) -> Callable:
+    """By the operator, on a CPU that has such tiles."""
+    if "amx" not in _C.isas():
+        pytest.skip("this CPU has no AMX")
+    return functools.partial(by_operator, isa="amx")
+
+
+def assert_float_law(scan: Callable, by_operator: Callable, *cases: Any) -> None:
+    """Beside the same scan in AVX-512, which has torch's accuracy or better."""
+    assert_law(
+        *(
+            (scan(case), by_operator(case, "avx512"), by_operator(case.to(torch.float64), "portable"))
+            for case in cases
+        )
+    )

@@ -64,26 +64,7 @@ class ScaledSplitWeights : public SplitWeights<kGates, kVectors> {
   Buffer<SplitScale> scales_;  // of a panel
 };
 
-// As SplitProducts.
-struct ScaledSplitProducts {
-  using Session = AmxSession;
-  template <int kGates, int kVectors>
-  using Weights = ScaledSplitWeights<kGates, kVectors>;
-  using Operand = ScaledSplitRows;
-  using Part = BFloat16;
-
-  int parts;  // of a number: 3, or 2 for less accuracy
-
-  static constexpr int tile_rows(int /*lanes*/) { return 2 * kAmxRows; }
-  template <int kGates, int kVectors>
-  Weights<kGates, kVectors> weights(const float* weights, int64_t units, int64_t K, bool /*direct*/) const {
-    return {weights, weights ? units : 0, K, parts};
-  }
-  int64_t operand_size(int64_t K) const { return SplitRows::size(K, parts); }
-  Operand operand(BFloat16* memory, const float* const* rows, int count, int64_t K) const {
-    return {memory, rows, count, K, parts};
-  }
-};
+using ScaledSplitProducts = ProductsInParts<ScaledSplitWeights, ScaledSplitRows>;
 
 }  // namespace FRNN_ISA
 }  // namespace frnn

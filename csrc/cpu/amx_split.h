@@ -310,12 +310,13 @@ class SplitWeights {
   Buffer<bool> splits_;  // of a panel
 };
 
-// As PlainProducts, by parts.
-struct SplitProducts {
+// As PlainProducts, by parts. Absent weights have no panels.
+template <template <int, int> class WeightsInParts, class Rows>
+struct ProductsInParts {
   using Session = AmxSession;
   template <int kGates, int kVectors>
-  using Weights = SplitWeights<kGates, kVectors>;
-  using Operand = SplitRows;
+  using Weights = WeightsInParts<kGates, kVectors>;
+  using Operand = Rows;
   using Part = BFloat16;
   static constexpr bool kPauses = true;
 
@@ -324,13 +325,14 @@ struct SplitProducts {
   static constexpr int tile_rows(int /*lanes*/) { return 2 * kAmxRows; }
   template <int kGates, int kVectors>
   Weights<kGates, kVectors> weights(const float* weights, int64_t units, int64_t K, bool /*direct*/) const {
-    return {weights, units, K, parts};
+    return {weights, weights ? units : 0, K, parts};
   }
   int64_t operand_size(int64_t K) const { return SplitRows::size(K, parts); }
   Operand operand(BFloat16* memory, const float* const* rows, int count, int64_t K) const {
     return {memory, rows, count, K, parts};
   }
 };
+using SplitProducts = ProductsInParts<SplitWeights, SplitRows>;
 
 }  // namespace FRNN_ISA
 }  // namespace frnn
