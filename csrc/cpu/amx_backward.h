@@ -107,7 +107,7 @@ class TileBackwardScan {
   void run(const Member& member, Barrier* everybody) {
     const AmxSession session;
     const Range panels = share_of(weights_.panels(), member.unit_group, plan_.unit_groups);
-    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    const Tiles tiles = tiles_of(shape_, kTileRows, member, plan_);
     pack_share(weights_, panels, member, plan_);
     if constexpr (kSplit) pack_share(plain_, panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());

@@ -134,7 +134,7 @@ class BackwardDirectionScan {
     const Range state_panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
     const Range unit_panels =
         shape_.P ? share_of(projection_.panels(), member.unit_group, plan_.unit_groups) : state_panels;
-    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    const Tiles tiles = tiles_of(shape_, kTileRows, member, plan_);
     pack_share(recurrent_, state_panels, member, plan_);
     if (shape_.P) pack_share(projection_, unit_panels, member, plan_);
     if (plan_.row_groups > 1) everybody->wait(plan_.threads());

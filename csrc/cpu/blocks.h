@@ -34,20 +34,19 @@ struct Block {
 template <class Block>
 class Blocks {
  public:
-  Blocks(const Scan& scan, const Tiles& tiles) : scan_(scan), tiles_(tiles), s_(0), tile_(tiles.group) {}
+  Blocks(const Scan& scan, const Tiles& tiles) : scan_(scan), tiles_(tiles), s_(0), turn_(0) {}
 
   // Fills the next one: whole steps, as many as it holds, or else a part of one. False: none is left.
   bool next(Block& block) {
     block.rows = block.tiles = 0;
-    for (; s_ < scan_.shape.T; ++s_, tile_ = tiles_.group) {
+    for (; s_ < scan_.shape.T; ++s_, turn_ = 0) {
       const int64_t rows_now = scan_.rows(s_);
       int64_t rows = 0, count = 0;
-      for (int64_t i = tiles_.group; i < tiles_.count; i += tiles_.groups)
-        if (const Range r = tiles_.rows(i, rows_now); r.first < r.last) rows += r.last - r.first, ++count;
+      tiles_.each(rows_now, [&](int64_t, int height) { rows += height, ++count; });
       if (block.tiles > 0 && block.rows + rows > kRowsAhead) return true;
       const int64_t most = rows > kRowsAhead ? divide_up(count, divide_up(rows, kRowsAhead)) : count;
-      for (; tile_ < tiles_.count; tile_ += tiles_.groups) {
-        const Range r = tiles_.rows(tile_, rows_now);
+      for (; tiles_.tile(turn_) < tiles_.count; ++turn_) {
+        const Range r = tiles_.rows(tiles_.tile(turn_), rows_now);
         if (r.first >= r.last) break;
         const bool full = block.tiles == most || block.rows + r.last - r.first > Block::kMostRows;
         if (block.tiles > 0 && rows > kRowsAhead && full) return true;
@@ -55,7 +54,7 @@ class Blocks {
       }
       if (count > 0) block.tile[block.tiles - 1].ends_step = true;
       if (rows > kRowsAhead) {
-        ++s_, tile_ = tiles_.group;
+        ++s_, turn_ = 0;
         return true;
       }
     }
@@ -72,7 +71,7 @@ class Blocks {
 
   const Scan& scan_;
   const Tiles& tiles_;
-  int64_t s_, tile_;
+  int64_t s_, turn_;
 };
 
 // The sums of a block: [panel][row of the block][gate][unit of the panel], of a member's panels.

@@ -23,7 +23,7 @@ class DualBackwardDirectionScan {
   // Units meet only themselves, in the steps after: nobody waits.
   void run(const Member& member, Barrier*) const {
     const Range panels = share_of(divide_up(H_, kUnits), member.unit_group, plan_.unit_groups);
-    const Tiles tiles(B_, kMaxTileRows, member.row_group, plan_.row_groups);
+    const Tiles tiles = tiles_of(scan_.shape, kMaxTileRows, member, plan_);
     const int64_t first = panels.first * kUnits, last = smallest(panels.last * kUnits, H_);
     for (int64_t s = scan_.shape.T - 1; s >= 0; --s)
       tiles.each(scan_.rows(s), [&](int64_t b0, int rows) {

@@ -71,7 +71,7 @@ class ForwardDirectionScan {
     [[maybe_unused]] const typename Input::Session session;
     const Range panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
     const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
-    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    const Tiles tiles = tiles_of(shape_, kTileRows, member, plan_);
     pack_share(recurrent_, panels, member, plan_);
     pack_share(input_, panels, member, plan_);
     pack_share(projection_, proj_panels, member, plan_);

@@ -48,8 +48,8 @@ FRNN_HD Member member_of(const CpuPlan& plan, int rank, Barrier* barriers) {
   return {other / plan.row_groups, other % plan.row_groups, unit_group, barriers + other};
 }
 
-// Rows of a batch cut into tiles of nearly equal height, at most kRows each, dealt out to the row groups in turn:
-// packed rows are sorted by length, so neighbours have the same amount of work.
+// Rows of a batch cut into tiles of nearly equal height, at most kRows each, dealt out to the row groups there and back
+// again: packed rows are sorted by length, and whoever gets the longer of two neighbours gets the shorter of the next.
 struct Tiles {
   int64_t B, count;
   int group, groups;
@@ -58,19 +58,30 @@ struct Tiles {
     count = smallest(divide_up(divide_up(B, most_rows), groups) * groups, B);
   }
   int64_t first(int64_t i) const { return B * i / count; }
+  // The tile that this group gets in the given turn, none if that is `count` or more.
+  int64_t tile(int64_t turn) const { return turn * groups + (turn % 2 ? groups - 1 - group : group); }
   // Of tile i, cut off after `rows_now` rows: perhaps none.
   Range rows(int64_t i, int64_t rows_now) const { return {first(i), smallest(first(i + 1), rows_now)}; }
 
   // f(first row, rows) for this group's tiles, cut off after `rows_now` rows.
   template <class F>
   FRNN_HD void each(int64_t rows_now, F&& f) const {
-    for (int64_t i = group; i < count; i += groups) {
-      const Range r = rows(i, rows_now);
+    for (int64_t turn = 0; tile(turn) < count; ++turn) {
+      const Range r = rows(tile(turn), rows_now);
       if (r.first >= r.last) return;
       f(r.first, static_cast<int>(r.last - r.first));
     }
   }
 };
+
+// Those of a batch. Where sequences end at different steps each group gets two, one of longer and one of shorter ones, if
+// that leaves them rows enough to hide the latency of a multiply-add.
+inline Tiles tiles_of(const Shape& s, int most_rows, const Member& member, const CpuPlan& plan) {
+  Tiles tiles(s.B, most_rows, member.row_group, plan.row_groups);
+  const bool ragged = s.N < s.T * s.B;
+  if (ragged && tiles.count == tiles.groups && s.B >= 8 * tiles.groups) tiles.count = 2 * tiles.groups;
+  return tiles;
+}
 
 }  // namespace FRNN_ISA
 }  // namespace frnn

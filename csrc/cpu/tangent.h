@@ -86,7 +86,7 @@ class TangentDirectionScan {
     [[maybe_unused]] const typename Ahead::Session session;
     const Range panels = share_of(recurrent_.panels(), member.unit_group, plan_.unit_groups);
     const Range proj_panels = share_of(projection_.panels(), member.unit_group, plan_.unit_groups);
-    const Tiles tiles(shape_.B, kTileRows, member.row_group, plan_.row_groups);
+    const Tiles tiles = tiles_of(shape_, kTileRows, member, plan_);
     pack_share(recurrent_, panels, member, plan_);
     if (d_.w_hh_tangent) pack_share(recurrent_tangent_, panels, member, plan_);
     if (d_.x_tangent) pack_share(input_, panels, member, plan_);
