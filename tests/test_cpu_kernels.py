@@ -252,8 +252,8 @@ def plan(cell: str = "lstm", **sizes: int | str) -> dict:
 
 
 def test_plan_spreads_what_is_worth_it() -> None:
-    assert plan(T=1, B=1)["strategy"] == "direct"
-    assert plan()["strategy"] == "packed"
+    assert plan(T=1, B=1, I=1, H=1)["strategy"] == plan(T=12, B=1)["strategy"] == "direct"
+    assert plan()["strategy"] == plan(T=12, B=1, H=8)["strategy"] == "packed"
     assert plan(T=2, B=1, I=4, H=4)["threads"] == 1
     assert plan(threads=1)["threads"] == 1
     assert plan(H=1024)["unit_groups"] == 2
