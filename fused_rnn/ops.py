@@ -38,6 +38,9 @@ cell_backward = _ops.cell_backward.default
 cell_at_once = _C.cell_at_once
 #: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise.
 layer_at_once = _C.layer_at_once
+#: (cell, batch_sizes, wanted, gradients, arguments, output, saved) -> gradients of the arguments, to be differentiated
+#: again; outside of transforms (csrc/ops/derivable.h).
+derivable_gradients = _C.derivable_gradients
 
 # What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs
 # or is lowered. So Dynamo need not read our autograd Functions (it refuses a tensor passed in two places), and an

@@ -4,8 +4,8 @@
 the backward pass (:mod:`fused_rnn.batching`). The second derivative has kernels of its own, for tensors on the CPU.
 What is rarer (a third derivative, the second of each of many samples, tangents) takes :mod:`fused_rnn.reference`.
 
-Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: the first derivative
-without transforms takes :mod:`fused_rnn.autograd`, the second the classic twins of these Functions.
+Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: without transforms the
+first derivative takes :mod:`fused_rnn.autograd`, the second its Function in C++ (csrc/ops/derivable.cpp).
 """
 
 from __future__ import annotations
@@ -154,17 +154,9 @@ class LayerBackward(Function):
         wanted = ctx.needs_input_grad[_TENSORS:-2]
         if all(v is None for v in cotangents):
             found = (None,) * len(tensors)
-        elif dh is not None and forward_ad._current_level < 0:
-            found = _cheapest(LayerDoubleBackward).apply(
-                ctx.cell, batch_sizes, wanted, *tensors, *cotangents, output, saved, dh
-            )
         else:
-            asked = [v is not None for v in cotangents]
-            gradients = reference.gradients(ctx.cell, batch_sizes, asked)
-            if ctx.samples is not None:
-                gradients = torch.vmap(gradients, tuple(0 if m else None for m in ctx.mapped[:-2]))
-            found = reference.pull_back(
-                gradients, tensors, wanted, tuple(v for v in cotangents if v is not None)
+            found = second_derivative(
+                ctx.cell, batch_sizes, wanted, tensors, cotangents, output, saved, dh, ctx.samples, ctx.mapped
             )
         return (None,) * _TENSORS + tuple(found) + (None, None)
 
@@ -254,23 +246,25 @@ class LayerDoubleBackward(Function):
         return results, tuple(0 if want else None for want in wanted)
 
 
-def _classic(function: type[Function]) -> type[Function]:
-    """The same Function, but that its forward sets up its context."""
-
-    def forward(ctx: FunctionCtx, *arguments):
-        output = function.forward(*arguments)
-        function.setup_context(ctx, arguments, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (Function,), methods)
-
-
-_CLASSIC = {function: _classic(function) for function in (LayerBackward, LayerDoubleBackward)}
-
-
-def _cheapest(function: type[Function]) -> type[Function]:
-    return function if torch._C._are_functorch_transforms_active() else _CLASSIC[function]
+def second_derivative(
+    cell: str,
+    batch_sizes: Tensor | None,
+    wanted: Sequence[bool],
+    tensors: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    output: Tensor,
+    saved: Tensor,
+    dh: Tensor | None,
+    samples: int | None = None,
+    mapped: tuple[bool, ...] = (),
+) -> Sequence[Tensor | None]:
+    """The derivatives of <cotangents, LayerBackward> by its tensors but for the constants, where they are wanted."""
+    if dh is not None and forward_ad._current_level < 0:
+        return LayerDoubleBackward.apply(cell, batch_sizes, wanted, *tensors, *cotangents, output, saved, dh)
+    gradients = reference.gradients(cell, batch_sizes, [v is not None for v in cotangents])
+    if samples is not None:
+        gradients = torch.vmap(gradients, tuple(0 if m else None for m in mapped[:-2]))
+    return reference.pull_back(gradients, tensors, wanted, tuple(v for v in cotangents if v is not None))
 
 
 _TENSORS = 5  # arguments of LayerBackward before its tensors
@@ -293,8 +287,10 @@ def layer_gradients(
         compute = reference.gradients(cell, batch_sizes, wanted)
         found = iter(compute(*gradients, *arguments))
         return [next(found) if want else None for want in wanted]
+    if not torch._C._are_functorch_transforms_active():
+        return ops.derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved)
     mapped = (False,) * (len(gradients) + len(arguments) + 2)
-    *found, _ = _cheapest(LayerBackward).apply(
+    *found, _ = LayerBackward.apply(
         cell, batch_sizes, tuple(wanted), None, mapped, *gradients, *arguments, output.detach(), saved
     )
     return found

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "../python_calls.h"
+#include "derivable.h"
 
 namespace frnn {
 
@@ -79,6 +80,9 @@ PyMethodDef kTensorFunctions[] = {
      "torch."},
     {"layer_at_once", fast(&layer_at_once), METH_FASTCALL,
      "layer_at_once(module, input, hx): a module's layers, or None where a call must go by way of torch."},
+    {"derivable_gradients", fast(&derivable_gradients_of), METH_FASTCALL,
+     "derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved): "
+     "csrc/ops/derivable.h."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace frnn

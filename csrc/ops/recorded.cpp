@@ -1,26 +1,22 @@
 // What autograd.Layer and autograd.Cell of fused_rnn/autograd.py do, for calls straight from Python (at_once.h): a
-// Function in C++ costs a third of one in Python. A backward pass that is itself recorded, or transformed, goes on in
-// Python.
+// Function in C++ costs a third of one in Python. A backward pass that is itself recorded or transformed goes on in
+// derivable.cpp.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 
 #include "at_once.h"
-#include "gradients.h"
+#include "derivable.h"
 
 namespace frnn {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 constexpr int kCellArguments = 7;  // the first ones: a cell has one direction, and no projection
 // Of what is saved, behind the arguments.
@@ -33,12 +29,6 @@ struct Call {
   bool is_cell;
 };
 
-bool looked_into() {
-  return at::GradMode::is_enabled() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
-}
-
 // Whether the backward pass that runs now is the only reader of what was saved, in one call of the operator.
 bool read_once(const variable_list& gradients, const variable_list& saved) {
   const auto plain = [](const Tensor& t) { return !t.defined() || is_plain(t); };
@@ -48,29 +38,14 @@ bool read_once(const variable_list& gradients, const variable_list& saved) {
          std::all_of(saved.begin(), saved.end(), plain);
 }
 
-OptTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : OptTensor(); }
-
-// By way of the dispatcher: gradients may be anything that a tensor can be, and modes may listen by now.
-template <class Signature>
-auto operator_of(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 Tensors7 call_cell_backward(const std::string& cell, const variable_list& g, const variable_list& t,
                             int64_t needs) {
-  static const auto call = operator_of<decltype(cell_backward)>("fused_rnn::cell_backward");
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fused_rnn::cell_backward", "")
+                               .typed<decltype(cell_backward)>();
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(t[0]), opt(t[1]), opt(t[2]), t[3], t[4], opt(t[5]),
                    opt(t[6]), t[kOutput], t[kSaved], needs);
-}
-
-Tensors14 call_layer_backward(const std::string& cell, const variable_list& g, const variable_list& t,
-                              int64_t needs) {
-  static const auto call = operator_of<decltype(layer_backward)>("fused_rnn::layer_backward");
-  const auto opt = if_defined;
-  return call.call(cell, opt(g[0]), opt(g[1]), opt(g[2]), opt(t[0]), {}, opt(t[1]), opt(t[2]), t[3], t[4],
-                   opt(t[5]), opt(t[6]), opt(t[7]), opt(t[8]), opt(t[9]), opt(t[10]), opt(t[11]), opt(t[12]),
-                   t[kOutput], t[kSaved], needs);
 }
 
 template <class Found>
@@ -83,26 +58,21 @@ void put(const Found& found, variable_list& result) {
       found);
 }
 
-// Gradients that can be differentiated again: those of transforms.py.
-void put_open_gradients(const Call& call, const variable_list& gradients, const variable_list& t,
-                        const std::vector<bool>& wanted, variable_list& result) {
-  const pybind11::gil_scoped_acquire locked;
-  const auto list = [](auto first, auto last) {
-    pybind11::list items;
-    for (; first != last; ++first) items.append(pybind11::cast(*first));
-    return items;
-  };
-  const auto transforms = pybind11::module_::import("fused_rnn.transforms");
-  const pybind11::tuple wants(list(wanted.begin(), wanted.end()));
-  const pybind11::list given = list(gradients.begin(), gradients.end()),
-                       arguments = list(t.begin(), t.begin() + wanted.size());
-  const pybind11::object found =
-      call.is_cell
-          ? transforms.attr("cell_gradients")(call.cell, wants, given, arguments, t[kOutput], t[kSaved])
-          : transforms.attr("layer_gradients")(call.cell, pybind11::none(), wants, given, arguments,
-                                               t[kOutput], t[kSaved]);
-  size_t k = 0;
-  for (const pybind11::handle item : found) result[++k] = item.is_none() ? Tensor() : item.cast<Tensor>();
+// A cell's as that of a layer of one step: what has rows gets a dimension in front.
+RecordedPass pass_of(const Call& call, const variable_list& gradients, const variable_list& t,
+                     const std::vector<bool>& wanted) {
+  RecordedPass pass{call.cell,  {},       wanted, gradients, {t.begin(), t.begin() + wanted.size()},
+                    t[kOutput], t[kSaved]};
+  pass.wanted.resize(kRecordedArguments);
+  pass.arguments.resize(kRecordedArguments);
+  if (!call.is_cell) return pass;
+  const at::AutoGradMode recorded(true);  // whatever is differentiated, they require grad as a layer's do
+  pass.gradients.insert(pass.gradients.begin(), Tensor());  // a cell has no output but h
+  for (variable_list* rows : {&pass.gradients, &pass.arguments})
+    for (int k = 0; k < kFirstWeight; ++k)
+      if (Tensor& tensor = (*rows)[k]; tensor.defined()) tensor = tensor.unsqueeze(0);
+  pass.output = pass.output.unsqueeze(0);
+  return pass;
 }
 
 struct Recorded : torch::autograd::Function<Recorded> {
@@ -159,8 +129,10 @@ struct Recorded : torch::autograd::Function<Recorded> {
       wanted[k] = ctx->needs_input_grad(edge++);
       needs |= int64_t{wanted[k]} << k;
     }
-    if (looked_into()) {
-      put_open_gradients({cell, is_cell}, gradients, t, wanted, result);
+    if (is_looked_into()) {
+      const variable_list found = derivable_gradients(pass_of({cell, is_cell}, gradients, t, wanted));
+      for (size_t k = 0; k < wanted.size(); ++k)
+        result[k + 1] = is_cell && k < kFirstWeight && found[k].defined() ? found[k].squeeze(0) : found[k];
     } else if (is_cell) {
       put(call_cell_backward(cell, gradients, t, needs), result);
     } else {
@@ -169,7 +141,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
         // Whatever happens from here on, no second pass may read it: torch says that it was changed in place.
         t[kSaved].unsafeGetTensorImpl()->bump_version();
       }
-      put(call_layer_backward(cell, gradients, t, needs), result);
+      put(call_layer_backward(cell, {}, gradients, t, t[kOutput], t[kSaved], needs), result);
     }
     return result;
   }
