@@ -62,8 +62,8 @@ struct BackwardDirection {
   // [B, H], see step_grad; holds the gradient of c_n (LSTM) or zero (GRU), becomes that of c_0
   Accumulate<T>* carry;
   T* dh0;  // [B, Hr] or null: not wanted. The GRU's carry is added into it
-  // What a second derivative adds on the way (DualBackwardDirection); false or null: nothing.
-  bool adds;                        // `dgates` holds what is added to it
+  // What a second derivative adds on the way (DualBackwardDirection); null: nothing.
+  const T* adds_gates;              // [N, kGateGrads*H], added to dgates; may be the same memory
   const Accumulate<T>* adds_carry;  // [N, H], added to what the row's step leaves in `carry`
   const T* adds_previous;           // [N, Hr], added to the gradient of the row's h_{t-1}
 };

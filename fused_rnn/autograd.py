@@ -43,9 +43,20 @@ def _read_once(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def _link(cell: str, output: Tensor, dtype: torch.dtype, w_hh: Tensor) -> Tensor | None:
+    """The last result of Layer: not a number of it is ever read, but its gradient carries what a second derivative adds
+    to the backward pass (csrc/ops/derivable.h). None where there are no kernels for that, or no data."""
+    if type(output) is not Tensor or not output.is_cpu or output.numel() == 0:
+        return None
+    traits, state = ops.CELLS[cell], w_hh.size(1)
+    rows = output.shape[:-1].numel()
+    size = (output.size(-1) // state, rows * ops.adds_columns(traits, w_hh.size(0) // traits.gates, state))
+    return torch.empty_strided(size, (0, 0), dtype=dtype)
+
+
 class Layer(Function):
     """One layer. Arguments: cell, batch_sizes, whether to recompute in backward what it would save, input, h0, c0, then
-    ten weights as in ``reference.layer``."""
+    ten weights as in ``reference.layer``. Results: output, hn, cn or None, a link or None."""
 
     @staticmethod
     def forward(
@@ -57,35 +68,36 @@ class Layer(Function):
         h0: Tensor | None,
         c0: Tensor | None,
         *weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         recompute = recompute and ops.CELLS[cell].saved > 0
         output, hn, cn, saved = ops.layer_forward(cell, input, batch_sizes, h0, c0, *weights, not recompute)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
         # Where as much is saved as the gates' gradients take, they may lie in its place, unless a hook has seen it.
         traits = ops.CELLS[cell]
-        ctx.reuses_saved = (
-            traits.saved >= traits.gate_grads
-            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        )
+        unseen = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ctx.reuses_saved = traits.saved >= traits.gate_grads and unseen
+        link = _link(cell, output, saved.dtype, weights[1]) if unseen else None
         wanted = ctx.needs_input_grad
         kept = (
             input if recompute or wanted[3] or wanted[6] or wanted[11] else None
         )  # of input, w_ih, w_ih_reverse
-        ctx.save_for_backward(kept, h0, c0, *weights, output, None if recompute else saved)
+        ctx.save_for_backward(kept, h0, c0, *weights, output, None if recompute else saved, link)
         ctx.set_materialize_grads(False)
-        return output, hn, cn if ops.CELLS[cell].cell_state else None
+        return output, hn, cn if traits.cell_state else None, link
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *arguments, output, saved = ctx.saved_tensors
+        *arguments, output, saved, link = ctx.saved_tensors
+        *gradients, adds = gradients
         wanted = ctx.needs_input_grad[3:]
-        if gradients[0] is None and all(g is None for g in gradients):
+        if adds is None and gradients[0] is None and all(g is None for g in gradients):
             return (None,) * (3 + len(arguments))
         if saved is None:  # the same call gives the same bits
             *_, saved = ops.layer_forward(ctx.cell, arguments[0], ctx.batch_sizes, *arguments[1:], True)
         if _looked_into():
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
             found = transforms.layer_gradients(
-                ctx.cell, ctx.batch_sizes, wanted, gradients, arguments, output, saved
+                ctx.cell, ctx.batch_sizes, wanted, gradients, arguments, output, saved, link if kept else None
             )
             return None, None, None, *found
         input, *others = arguments
@@ -94,7 +106,7 @@ class Layer(Function):
             needs |= ops.SAVED_IS_SPENT
             ctx.maybe_clear_saved_tensors()  # whatever happens from here on, no second pass may read it
         *found, _ = ops.layer_backward(
-            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, needs
+            ctx.cell, *gradients, input, ctx.batch_sizes, *others, output, saved, needs, adds
         )
         return None, None, None, *found
 

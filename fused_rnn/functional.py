@@ -78,7 +78,8 @@ def _computed_layer(
     if path == _REFERENCE:
         return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
     if path == _RECORDED:
-        return autograd.Layer.apply(cell, batch_sizes, recompute, input, h0, c0, *weights)
+        output, hn, cn, _ = autograd.Layer.apply(cell, batch_sizes, recompute, input, h0, c0, *weights)
+        return output, hn, cn
     if path == _TRANSFORMED:
         output, hn, cn, _ = transforms.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
     else:

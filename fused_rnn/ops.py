@@ -38,8 +38,8 @@ cell_backward = _ops.cell_backward.default
 cell_at_once = _C.cell_at_once
 #: (module, input, hx) -> (output, hn) or (output, (hn, cn)): likewise.
 layer_at_once = _C.layer_at_once
-#: (cell, batch_sizes, wanted, gradients, arguments, output, saved) -> gradients of the arguments, to be differentiated
-#: again; outside of transforms (csrc/ops/derivable.h).
+#: (cell, batch_sizes, wanted, gradients, arguments, output, saved, link) -> gradients of the arguments, to be
+#: differentiated again; outside of transforms (csrc/ops/derivable.h).
 derivable_gradients = _C.derivable_gradients
 
 # What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs
@@ -75,13 +75,14 @@ class CellTraits(NamedTuple):
     saved: int
     gate_grads: int
     cell_state: bool = False  # whether there is a c beside h
+    carry: bool = False  # whether the backward pass hands on a gradient beside that of h
 
 
 CELLS = {
     "rnn_tanh": CellTraits(gates=1, saved=0, gate_grads=1),
     "rnn_relu": CellTraits(gates=1, saved=0, gate_grads=1),
-    "gru": CellTraits(gates=3, saved=4, gate_grads=4),
-    "lstm": CellTraits(gates=4, saved=5, gate_grads=4, cell_state=True),
+    "gru": CellTraits(gates=3, saved=4, gate_grads=4, carry=True),
+    "lstm": CellTraits(gates=4, saved=5, gate_grads=4, cell_state=True, carry=True),
 }
 
 #: dtypes that the kernels take.
@@ -92,6 +93,13 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16}
 STATE_GRADIENTS = 1 << 13
 #: And: nobody reads `saved` again, so `layer_backward` may write over it.
 SAVED_IS_SPENT = 1 << 14
+#: The bit of `needs` above those of the results: `layer_double_backward` gives what it adds to a backward pass.
+ADDS = 1 << 16
+
+
+def adds_columns(traits: CellTraits, hidden_size: int, state_size: int) -> int:
+    """Numbers of `adds` for each row (csrc/ops/gradients.h)."""
+    return (traits.gate_grads + traits.carry) * hidden_size + state_size
 
 
 def bits(wanted: Sequence[bool]) -> int:
@@ -134,7 +142,7 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
 
 @torch.library.register_fake("fused_rnn::layer_backward")
 def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
-      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs):  # fmt: skip
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, adds=None):  # fmt: skip
     directions = 1 if w_ih_reverse is None else 2
     hidden = w_hh.size(0) // CELLS[cell].gates
     sizes = [
@@ -191,7 +199,18 @@ def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, *tensors):
         (directions, batch, w_hh.size(0) // CELLS[cell].gates),
         *(None if t is None else t.shape for t in arguments),
     ]
-    return tuple(output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes))
+    found = [output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes)]
+    adds = None
+    if needs & ADDS:
+        # Without the rest of the pass: what is left are products of a changed factor with one that is as it was.
+        left = {0, 1, 2, 7, 10, 12, 15} | (
+            {3} if tensors[11] is not None or tensors[16] is not None else set()
+        )
+        left |= {6, 11} if tensors[8] is not None else set()  # v_input; above, v_w_ih of either direction
+        found = [t if k in left else None for k, t in enumerate(found)]
+        columns = adds_columns(CELLS[cell], w_hh.size(0) // CELLS[cell].gates, state)
+        adds = output.new_empty((directions, dh.size(1) * columns), dtype=dh.dtype)
+    return (*found, adds)
 
 
 @torch.library.register_fake("fused_rnn::cell_forward")
@@ -255,7 +274,8 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
 
 @register_flop_formula(_ops.layer_backward, get_raw=True)
 def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
-      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, out_val=None) -> int:  # fmt: skip
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, adds=None,
+      out_val=None) -> int:  # fmt: skip
     rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, (h0, c0, grad_hn, grad_cn))
     flops = _products_backward(rows, first_rows, w_ih, w_hh, w_hr, needs, needs >> 3)
     if w_ih_reverse is not None:
@@ -277,6 +297,7 @@ def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, *tensors, out_val=None) -> 
     states = (h0, c0, grad_cn, v_h0, v_c0)
     rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, states)
     of_arguments = needs >> 3
+    passes = 0 if needs & ADDS else 1  # backward, with the changes
 
     def rows_of_products(k: int) -> tuple[int, int, int]:
         """That meet w_ih, w_hh and w_hr, these first in ``weights[k:]``, or their changes."""
@@ -287,10 +308,10 @@ def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, *tensors, out_val=None) -> 
         # the outputs' changes
         ih, hr = rows * (changed_input + v_ih), rows * (1 + v_hr)
         hh = rows * (1 + v_hh) - (0 if v_h0 is not None else first_rows)
-        if of_arguments:  # the backward pass with its changes, then the weights' products
-            ih += rows * (d_input * (1 + v_ih) + d_ih * (1 + changed_input))
-            hh += (rows if d_h0 else rows - first_rows) * (1 + v_hh) + rows * 2 * d_hh
-            hr += rows * (2 + v_hr + 2 * d_hr)
+        if of_arguments:  # what each step adds, with the weights' products of that; then the pass
+            ih += rows * (d_input * (v_ih + passes) + d_ih * (changed_input + passes))
+            hh += rows * v_hh + (rows if d_h0 else rows - first_rows) * passes + rows * d_hh * (1 + passes)
+            hr += rows * (1 + v_hr + passes + d_hr * (1 + passes))
         return ih, hh, hr
 
     flops = 0

@@ -4,8 +4,8 @@
 the backward pass (:mod:`fused_rnn.batching`). The second derivative has kernels of its own, for tensors on the CPU.
 What is rarer (a third derivative, the second of each of many samples, tangents) takes :mod:`fused_rnn.reference`.
 
-Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: without transforms the
-first derivative takes :mod:`fused_rnn.autograd`, the second its Function in C++ (csrc/ops/derivable.cpp).
+Functions with ``setup_context``, which the transforms ask for, and which cost twice a classic one: without transforms
+the first derivative takes :mod:`fused_rnn.autograd`, the second a Function in C++ (csrc/ops/derivable.cpp).
 """
 
 from __future__ import annotations
@@ -210,7 +210,10 @@ class LayerDoubleBackward(Function):
         cell: str, batch_sizes: Tensor | None, wanted: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _, _, grad_cn, input, *others, dh = tensors
-        return ops.layer_double_backward(cell, dh, grad_cn, input, batch_sizes, *others, ops.bits(wanted))
+        *found, _ = ops.layer_double_backward(
+            cell, dh, grad_cn, input, batch_sizes, *others, ops.bits(wanted)
+        )
+        return tuple(found)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -279,8 +282,12 @@ def layer_gradients(
     arguments: Sequence[Tensor | None],
     output: Tensor,
     saved: Tensor,
+    link: Tensor | None = None,
 ) -> Sequence[Tensor | None]:
-    """Gradients of a layer's thirteen arguments, themselves differentiable and open to every transform."""
+    """Gradients of a layer's thirteen arguments, themselves differentiable and open to every transform.
+
+    ``link``: a result of the layer's Function that takes what their own derivative adds to its backward pass.
+    """
     if all(g is None for g in gradients):
         return [None] * len(arguments)
     if forward_ad._current_level >= 0:
@@ -288,7 +295,7 @@ def layer_gradients(
         found = iter(compute(*gradients, *arguments))
         return [next(found) if want else None for want in wanted]
     if not torch._C._are_functorch_transforms_active():
-        return ops.derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved)
+        return ops.derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved, link)
     mapped = (False,) * (len(gradients) + len(arguments) + 2)
     *found, _ = LayerBackward.apply(
         cell, batch_sizes, tuple(wanted), None, mapped, *gradients, *arguments, output.detach(), saved

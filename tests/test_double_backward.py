@@ -179,6 +179,41 @@ def test_second_derivative_of_a_batch_of_none(kind):
     assert not any(g.any() for g in second if g is not None)
 
 
+def gradients_beside_a_penalty(module, x) -> list[torch.Tensor]:
+    """Of a loss and of the squares of its gradients."""
+    wanted = [x, *module.parameters()]
+    loss = sum(out.pow(2).sum() for out in tensors_of(module(x)))
+    first = torch.autograd.grad(loss, wanted, create_graph=True)
+    return list(torch.autograd.grad(loss + sum(grad.pow(2).sum() for grad in first), wanted))
+
+
+@kinds
+def test_a_loss_and_its_penalty_go_back_together(kind):
+    """In one pass: the second derivative's part joins that of the loss."""
+    ours = make_twins(kind, dtype=torch.float64).ours
+    x, _ = leaves(ours, 5, 3, with_hx=False)
+    with Count() as count:
+        found = gradients_beside_a_penalty(ours, x)
+    assert sum(n for name, n in count.calls.items() if "fused_rnn" in name and "_backward" in name) == 3
+    with torch.autograd.graph.save_on_cpu():  # hooks would take the link between the two for data
+        expected = gradients_beside_a_penalty(ours, x)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@layers
+def test_a_penalty_outlives_the_graph_of_its_loss(kind):
+    ours = make_twins(kind, dtype=torch.float64).ours
+    x, _ = leaves(ours, 5, 3, with_hx=False)
+    wanted = [x, *ours.parameters()]
+
+    def penalty(keep: bool) -> tuple[torch.Tensor, ...]:
+        loss = sum((out * weights_like(out)).sum() for out in tensors_of(ours(x)))
+        first = torch.autograd.grad(loss, wanted, create_graph=True, retain_graph=keep)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), wanted)
+
+    torch.testing.assert_close(penalty(keep=False), penalty(keep=True), rtol=1e-11, atol=1e-11)
+
+
 @kinds
 @pytest.mark.parametrize("frozen", [None, "weight_ih", "weight_hh", "bias_hh"])
 @pytest.mark.parametrize("input_grad", [False, True], ids="x={}".format)

@@ -46,7 +46,11 @@ def test_operators_pass_opcheck(cell: str, sizes: dict) -> None:
     torch.library.opcheck(ops.layer_gate_gradients, call, test_utils=CHECKS)
     call, _, first, _ = second_order(cell, sizes)
     needs = ops.bits([t is not None for t in first])
-    torch.library.opcheck(ops.layer_double_backward, (cell, *call, needs), test_utils=CHECKS)
+    for asked in (needs, needs | ops.ADDS):
+        torch.library.opcheck(ops.layer_double_backward, (cell, *call, asked), test_utils=CHECKS)
+    *_, adds = ops.layer_double_backward(cell, *call, needs | ops.ADDS)
+    call = (cell, *gradients, arguments[0], batch_sizes, *arguments[1:], output, saved, needs >> 3, adds)
+    torch.library.opcheck(ops.layer_backward, call, test_utils=CHECKS)
 
 
 @cases
@@ -66,6 +70,28 @@ def test_second_derivative_against_the_reference(cell: str, sizes: dict, without
     found = [t for t in found if t is not None]
     assert len(found) == sum(asked)
     torch.testing.assert_close(found, list(expected), rtol=1e-10, atol=1e-10)
+
+
+@cases
+def test_a_backward_pass_takes_what_a_second_derivative_adds(cell: str, sizes: dict) -> None:
+    """One pass with both gives the sum of the two."""
+    call, batch_sizes, first, _ = second_order(cell, sizes)
+    gradients, arguments, (output, saved) = first[:3], first[3:], call[-2:]
+    needs = ops.bits([t is not None for t in first])
+    backward = (cell, *gradients, arguments[0], batch_sizes, *arguments[1:], output, saved, needs >> 3)
+    *alone, _ = ops.layer_double_backward(cell, *call, needs)
+    *rest, adds = ops.layer_double_backward(cell, *call, needs | ops.ADDS)
+    assert adds.abs().sum() > 0
+    together = ops.layer_backward(*backward, adds)
+    for found, plain, change, part in zip(
+        together, ops.layer_backward(*backward), [*alone[3:], None], [*rest[3:], None], strict=True
+    ):
+        assert (found is None) == (change is None)
+        if found is not None:
+            sum_of_parts = found if part is None else found + part
+            torch.testing.assert_close(sum_of_parts, plain + change, rtol=1e-11, atol=1e-11)
+    with pytest.raises(RuntimeError, match="expected adds"):
+        ops.layer_backward(*backward, adds[:, 1:])
 
 
 @cases

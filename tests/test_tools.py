@@ -158,7 +158,7 @@ def test_flops_of_a_double_backward(kind: Kind, frozen: str | None, in_plain_pyt
 
 
 @layers
-def test_a_penalty_takes_less_than_four_training_steps(kind: Kind):
+def test_a_penalty_takes_about_three_training_steps(kind: Kind):
     """In FLOPs: a training step that adds to its loss the squares of all of its gradients."""
     ours = make_twins(kind, 16, 16).ours
     x, _ = leaves(ours, 9, 3, with_hx=False)
@@ -167,7 +167,9 @@ def test_a_penalty_takes_less_than_four_training_steps(kind: Kind):
         loss = sum(out.pow(2).sum() for out in tensors_of(ours.forward(x)))
         first = torch.autograd.grad(loss, [x, *ours.parameters()], create_graph=True)
         torch.autograd.grad(loss + sum(g.pow(2).sum() for g in first), [x, *ours.parameters()])
-    assert 3 * plain < counter.get_total_flops() < 4 * plain
+    assert (
+        2.5 * plain < counter.get_total_flops() < 3.02 * plain
+    )  # a projection takes a little more than three
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind is not LSTM_PROJ], ids=str)

@@ -65,6 +65,8 @@ class BackwardUnits {
       if (d_.grad_output) fetch<kStored>(d_.grad_output + row * d_.grad_output_stride + u);
       for (int g = 0; g < Cell::kGateGrads; ++g)
         fetch<kStored>(d_.dgates + row * dgates_stride_ + g * H_ + u);
+      for (int g = 0; g < Cell::kGateGrads && d_.adds_gates; ++g)
+        fetch<kStored>(d_.adds_gates + (row * Cell::kGateGrads + g) * H_ + u);
       if constexpr (Cell::kGradReadsOutput) fetch<kStored>(d_.output + row * d_.output_stride + u);
       if (b >= scan_.continued(s)) continue;
       const int64_t row_prev = scan_.offset(s - 1) + b;
@@ -101,9 +103,9 @@ class BackwardUnits {
       if (d_.adds_carry) carry = carry + load(d_.adds_carry + row * H_ + u, n);
       store(d_.carry + b * H_ + u, carry, n);
     }
-    if (d_.adds)
+    if (d_.adds_gates)
       for (int g = 0; g < Cell::kGateGrads; ++g)
-        grads[g] = grads[g] + load(d_.dgates + row * dgates_stride_ + g * H_ + u, n);
+        grads[g] = grads[g] + load(d_.adds_gates + (row * Cell::kGateGrads + g) * H_ + u, n);
     for (int g = 0; g < Cell::kGateGrads; ++g)
       store(d_.dgates + row * dgates_stride_ + g * H_ + u, grads[g], n);
   }

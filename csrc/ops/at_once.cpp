@@ -81,7 +81,7 @@ PyMethodDef kTensorFunctions[] = {
     {"layer_at_once", fast(&layer_at_once), METH_FASTCALL,
      "layer_at_once(module, input, hx): a module's layers, or None where a call must go by way of torch."},
     {"derivable_gradients", fast(&derivable_gradients_of), METH_FASTCALL,
-     "derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved): "
+     "derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved, link): "
      "csrc/ops/derivable.h."},
     {nullptr, nullptr, 0, nullptr}};
 

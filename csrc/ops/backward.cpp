@@ -70,11 +70,14 @@ struct Backward {
 
 Backward backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
-                  const Tensor& output, const Tensor& saved, int64_t needs) {
+                  const Tensor& output, const Tensor& saved, int64_t needs, const OptTensor& adds = {}) {
   const Shape& s = p.shape;
   const Wanted wanted{needs};
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
   t.x = p.operand(as_rows(p, input), {s.N, s.I}, "input");
+  const int64_t columns = adds_columns(p.cell, s.H, s.Hr());
+  if (const Tensor all = p.operand(adds, {s.D, s.N * columns}, "adds"); all.defined())
+    t.adds = adds_in(p, all);
   t.wants_dh0 = wanted(kH0);
   for (int64_t d = 0; d < s.D; ++d) {
     t.wants_previous |= wanted.weight(d, kWhh);
@@ -116,6 +119,23 @@ auto as_tuple(const Gradients& g, std::index_sequence<k...>) {
 Tensor hidden_of(const Problem& p, const Tensor& saved, int64_t d) {
   const Tensor gates = saved.select(0, d).view({p.shape.N, p.cell.saved, p.shape.H});
   return gates.select(1, Lstm::kSavedCell).tanh().mul_(gates.select(1, Lstm::kSavedOutput));
+}
+
+Adds adds_in(const Problem& p, const Tensor& all) {
+  const Shape& s = p.shape;
+  Adds adds;
+  for (int64_t d = 0; d < s.D; ++d) {
+    int64_t from = 0;
+    const auto next = [&](int64_t columns) {
+      const Tensor rows = all.select(0, d).narrow(0, from, s.N * columns).view({s.N, columns});
+      from += s.N * columns;
+      return rows;
+    };
+    adds.gates.push_back(next(p.cell.gate_grads * s.H));
+    if (p.cell.carry) adds.carry.push_back(next(s.H));
+    adds.previous.push_back(next(s.Hr()));
+  }
+  return adds;
 }
 
 void add_weight_gradients(const Problem& p, const BackwardTensors& t, int64_t d, const Wanted& wanted,
@@ -189,15 +209,15 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                          const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                          const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
-                         int64_t needs) {
+                         int64_t needs, const OptTensor& adds) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
-                  Wanted{needs}(kStateGradients) ? Stage::derivable : Stage::backward);
-  auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs);
+                  Wanted{needs}(kStateGradients) || adds.has_value() ? Stage::derivable : Stage::backward);
+  auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs, adds);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return std::tuple_cat(as_tuple(g, std::make_index_sequence<kGradients>()), std::make_tuple(dh));
 }

@@ -159,9 +159,9 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.dh = stored_out<S>(t.dh[d]);
     to.carry = sums_at_direction(t.carry, d);
     to.dh0 = at_direction(t.dh0, d);
-    to.adds = t.adds;
-    if (!t.adds_carry.empty()) to.adds_carry = input_of<T>(t.adds_carry[d]);
-    if (!t.adds_previous.empty()) to.adds_previous = stored_in<S>(t.adds_previous[d]);
+    if (!t.adds.gates.empty()) to.adds_gates = stored_in<S>(t.adds.gates[d]);
+    if (!t.adds.carry.empty()) to.adds_carry = input_of<T>(t.adds.carry[d]);
+    if (!t.adds.previous.empty()) to.adds_previous = stored_in<S>(t.adds.previous[d]);
   }
   run_backward(p.cell.kind, args);
   for (int64_t d = 0; d < s.D && t.wants_previous; ++d)

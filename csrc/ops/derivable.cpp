@@ -19,8 +19,8 @@ using torch::autograd::AutogradContext;
 
 constexpr int kPassGradients = 3;                        // that a backward pass takes
 constexpr int kVariables = kPassGradients + kGradients;  // those, then the layer's arguments
-// Of what is saved, behind the variables.
-enum { kBatchSizes = kVariables, kOutput, kSaved, kDh };
+// Behind those the link, which is one more; then the rest of what is saved.
+enum { kLink = kVariables, kBatchSizes, kOutput, kSaved, kDh };
 // Keys of what is kept beside tensors.
 constexpr const char *kCell = "cell", *kMade = "made";
 
@@ -34,7 +34,7 @@ variable_list as_list(const Found& found) {
   return std::apply([](const auto&... t) { return variable_list{t...}; }, found);
 }
 
-// v: [kGradients], the direction; the results by variable.
+// v: [kGradients], the direction; the results by variable, that of the link behind them.
 variable_list call_double_backward(const std::string& cell, const variable_list& t, const variable_list& v,
                                    int64_t needs) {
   static const auto call = operator_of<decltype(layer_double_backward)>("fused_rnn::layer_double_backward");
@@ -74,8 +74,9 @@ variable_list gradients_under_transform(const RecordedPass& pass) {
 variable_list other_double_backward(const std::string& cell, const variable_list& t, const variable_list& v,
                                     const std::vector<bool>& wanted) {
   const pybind11::gil_scoped_acquire locked;
-  return call_python("second_derivative", cell, t[kBatchSizes], wanted, as_python(t, 0, kVariables),
-                     as_python(v, 0, kGradients), t[kOutput], t[kSaved], t[kDh]);
+  return call_python("second_derivative", cell, t[kBatchSizes],
+                     std::vector<bool>(wanted.begin(), wanted.begin() + kVariables),
+                     as_python(t, 0, kVariables), as_python(v, 0, kGradients), t[kOutput], t[kSaved], t[kDh]);
 }
 
 struct Derivable : torch::autograd::Function<Derivable> {
@@ -91,7 +92,8 @@ struct Derivable : torch::autograd::Function<Derivable> {
 
     variable_list kept = pass.gradients;
     kept.insert(kept.end(), pass.arguments.begin(), pass.arguments.end());
-    for (const Tensor& t : {pass.batch_sizes.value_or(Tensor()), pass.output, pass.saved, found[kGradients]})
+    for (const Tensor& t :
+         {pass.link, pass.batch_sizes.value_or(Tensor()), pass.output, pass.saved, found[kGradients]})
       kept.push_back(t);
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data[kCell] = pass.cell;
@@ -104,7 +106,7 @@ struct Derivable : torch::autograd::Function<Derivable> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    variable_list result(1 + kVariables);  // that of the pass first
+    variable_list result(1 + kVariables + 1);  // that of the pass first, that of the link last
     const variable_list t = ctx->get_saved_variables();
     const std::string cell = ctx->saved_data[kCell].toStringRef();
     const Wanted made{ctx->saved_data[kMade].toInt()};
@@ -114,9 +116,9 @@ struct Derivable : torch::autograd::Function<Derivable> {
       if (made(k)) changes |= (v[k] = cotangents[next++]).defined();
     if (!changes) return result;
 
-    std::vector<bool> wanted(kVariables);
+    std::vector<bool> wanted(kVariables + 1);
     int64_t needs = 0;
-    for (int k = 0, edge = 0; k < kVariables; ++k)
+    for (int k = 0, edge = 0; k <= kLink; ++k)
       if (t[k].defined()) {
         wanted[k] = ctx->needs_input_grad(edge++);
         needs |= int64_t{wanted[k]} << k;
@@ -140,12 +142,12 @@ bool is_looked_into() { return at::GradMode::is_enabled() || is_transformed(); }
 
 Tensors14 call_layer_backward(const std::string& cell, const OptTensor& batch_sizes, const variable_list& g,
                               const variable_list& t, const Tensor& output, const Tensor& saved,
-                              int64_t needs) {
+                              int64_t needs, const OptTensor& adds) {
   static const auto call = operator_of<decltype(layer_backward)>("fused_rnn::layer_backward");
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(g[2]), opt(t[0]), batch_sizes, opt(t[1]), opt(t[2]), t[3],
                    t[4], opt(t[5]), opt(t[6]), opt(t[7]), opt(t[8]), opt(t[9]), opt(t[10]), opt(t[11]),
-                   opt(t[12]), output, saved, needs);
+                   opt(t[12]), output, saved, needs, adds);
 }
 
 variable_list derivable_gradients(RecordedPass pass) {
@@ -153,9 +155,10 @@ variable_list derivable_gradients(RecordedPass pass) {
   for (int k = 0; k < kGradients; ++k)
     if (!pass.arguments[k].defined()) pass.wanted[k] = false;
   pass.output = pass.output.detach(), pass.saved = pass.saved.detach();
-  std::array<OptTensor, kVariables> variables;
+  std::array<OptTensor, kVariables + 1> variables;
   for (int k = 0; k < kPassGradients; ++k) variables[k] = if_defined(pass.gradients[k]);
   for (int k = 0; k < kGradients; ++k) variables[kPassGradients + k] = if_defined(pass.arguments[k]);
+  variables[kLink] = if_defined(pass.link);
   const variable_list found =
       std::apply([&](const auto&... t) { return Derivable::apply(pass, t...); }, variables);
   variable_list result(kGradients);
@@ -164,20 +167,23 @@ variable_list derivable_gradients(RecordedPass pass) {
   return result;
 }
 
-// (cell, batch_sizes, wanted, gradients, arguments, output, saved), as RecordedPass -> a list, None where not wanted.
+// (cell, batch_sizes, wanted, gradients, arguments, output, saved, link), as RecordedPass -> a list, None where not wanted.
 PyObject* derivable_gradients_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
-      count == 7,
-      "derivable_gradients: expected cell, batch_sizes, wanted, gradients, arguments, output, saved");
-  const auto tensor = [](PyObject* item) { return pybind11::handle(item).cast<Tensor>(); };
+      count == 8,
+      "derivable_gradients: expected cell, batch_sizes, wanted, gradients, arguments, output, saved, link");
+  const auto tensor = [](PyObject* item) {
+    return item == Py_None ? Tensor() : pybind11::handle(item).cast<Tensor>();
+  };
   RecordedPass pass{pybind11::handle(args[0]).cast<std::string>(),
-                    args[1] == Py_None ? OptTensor() : OptTensor(tensor(args[1])),
+                    if_defined(tensor(args[1])),
                     {},
                     from_python(args[3]),
                     from_python(args[4]),
                     tensor(args[5]),
-                    tensor(args[6])};
+                    tensor(args[6]),
+                    tensor(args[7])};
   for (const pybind11::handle item : pybind11::handle(args[2])) pass.wanted.push_back(item.cast<bool>());
   TORCH_CHECK_VALUE(pass.wanted.size() == kGradients && pass.arguments.size() == kGradients &&
                         pass.gradients.size() == kPassGradients,

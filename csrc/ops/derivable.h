@@ -19,8 +19,11 @@ struct RecordedPass {
   std::vector<bool> wanted;  // [kGradients], of the gradients of `arguments`
   variable_list gradients;   // of output, hn and cn; undefined: zero
   variable_list arguments;   // [kGradients], as in `layer_forward`; undefined where absent
-  Tensor output,
-      saved;  // of the pass forward: constants, what derives from them counts through the arguments
+  // Of the pass forward: constants; what derives from them counts through the arguments.
+  Tensor output, saved;
+  // A result of the Function that made the pass forward, or undefined. What the second derivative adds to a backward pass
+  // (`adds` in library.cpp) is its gradient: so it joins the pass that the loss itself sends back through that Function.
+  Tensor link;
 };
 
 // By argument; undefined where not wanted.
@@ -30,7 +33,8 @@ variable_list derivable_gradients(RecordedPass pass);
 // and arguments as in RecordedPass; of the latter the first ones are read.
 Tensors14 call_layer_backward(const std::string& cell, const OptTensor& batch_sizes,
                               const variable_list& gradients, const variable_list& arguments,
-                              const Tensor& output, const Tensor& saved, int64_t needs);
+                              const Tensor& output, const Tensor& saved, int64_t needs,
+                              const OptTensor& adds = {});
 
 // Whether the backward pass that runs now meets a transform or carries tangents; whether anything has to do with it but
 // the numbers.

@@ -2,7 +2,7 @@
 // outputs, J^T g the backward pass. Its derivative in a direction v of the arguments is, for the gradients g, J v: one
 // tangent scan forward; and for the arguments, the product of v with the Hessian of <g, outputs>, which is symmetric:
 // how J^T g changes along v. That is the backward pass once more, of what each step adds to that change
-// (csrc/cpu/dual_backward.h).
+// (csrc/cpu/dual_backward.h). Where another backward pass is to come, it can take those along.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/tanh.h>
@@ -91,10 +91,9 @@ TangentArgs<T> scan(const Problem& p, Tensors& t, const Arguments& a, const Argu
   return args;
 }
 
-// What each step adds to the changes of the gates' gradients, and those gradients.
+// What each step adds to the changes of the gates' gradients, and those gradients. `adds`: where to, or empty.
 template <class T>
-void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& v,
-                BackwardTensors& changes) {
+void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& v, Adds& adds) {
   const Shape& s = p.shape;
   DualBackwardArgs<T> args{};
   args.shape = s;
@@ -107,36 +106,47 @@ void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, con
       dh[d] = product(p, dh[d], p.weights[d].w_hr);
     }
     t.dgates.push_back(p.allocate({s.N, p.cell.gate_grads * s.H}));
-    // What a unit has saved is read before its gradients are stored and, without a projection, never again.
-    changes.dgates.push_back(s.P == 0 && p.cell.saved == p.cell.gate_grads
-                                 ? t.saved_tangent.select(0, d)
-                                 : p.allocate({s.N, p.cell.gate_grads * s.H}));
-    if (p.cell.carry) changes.adds_carry.push_back(p.allocate({s.N, s.H}));
     DualBackwardDirection<T>& to = args.direction[d];
     to.forward = forward.direction[d];
     to.dh = input_of<T>(dh[d]);
     to.dh_change = input_of<T>(dh_change[d]);
     to.carry = at_direction_of<T>(p, t.carry, d);
     to.dgates = output_of<T>(t.dgates[d]);
-    to.dgates_change = output_of<T>(changes.dgates[d]);
-    if (p.cell.carry) to.carry_change = output_of<T>(changes.adds_carry[d]);
+    to.dgates_change = output_of<T>(adds.gates[d]);
+    if (p.cell.carry) to.carry_change = output_of<T>(adds.carry[d]);
   }
   instruction_set().kernels->dual_backward(p.cell.kind, args);
+  for (int64_t d = 0; d < s.D; ++d) {
+    const Tensor& change = v.weights[d].w_hh;
+    if (change.defined())
+      multiply(adds.previous[d], part(t.dgates[d], 1, 0, p.cell.gates * s.H), change, false);
+    else if (adds.previous[d].defined())
+      adds.previous[d].zero_();
+  }
+}
+
+// Memory for the adds of a pass that follows at once.
+Adds adds_for(const Problem& p, const Tensors& t, const Arguments& v) {
+  const Shape& s = p.shape;
+  Adds adds;
+  for (int64_t d = 0; d < s.D; ++d) {
+    // What a unit has saved is read before its gradients are stored and, without a projection, never again.
+    adds.gates.push_back(s.P == 0 && p.cell.saved == p.cell.gate_grads
+                             ? t.saved_tangent.select(0, d)
+                             : p.allocate({s.N, p.cell.gate_grads * s.H}));
+    if (p.cell.carry) adds.carry.push_back(p.allocate({s.N, s.H}));
+    adds.previous.push_back(v.weights[d].w_hh.defined() ? p.allocate({s.N, s.Hr()}) : Tensor());
+  }
+  return adds;
 }
 
 // The scan back: how the gates' gradients change, and with them those of the states.
-template <class T>
-BackwardTensors scan_back(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& a,
-                          const Arguments& v, const Wanted& wanted) {
+BackwardTensors scan_back(const Problem& p, Tensors& t, Adds adds, const Arguments& a, const Wanted& wanted) {
   const Shape& s = p.shape;
   BackwardTensors changes{};
-  scan_steps(p, forward, t, v, changes);
-  changes.adds = true;
-  for (int64_t d = 0; d < s.D; ++d) {
-    changes.adds_previous.push_back(
-        product(p, part(t.dgates[d], 1, 0, p.cell.gates * s.H), v.weights[d].w_hh));
-    changes.dh.push_back(s.P > 0 ? p.allocate({s.N, s.P}) : Tensor());
-  }
+  changes.dgates = adds.gates;
+  changes.adds = std::move(adds);
+  for (int64_t d = 0; d < s.D; ++d) changes.dh.push_back(s.P > 0 ? p.allocate({s.N, s.P}) : Tensor());
   changes.x = a.x, changes.h0 = a.h0, changes.c0 = a.c0;
   changes.output = t.output, changes.saved = t.saved;
   if (p.cell.carry) changes.carry = zeros_like_state(p, s.H);
@@ -144,8 +154,7 @@ BackwardTensors scan_back(const Problem& p, const TangentArgs<T>& forward, Tenso
   for (int64_t d = 0; d < s.D; ++d) changes.wants_previous |= wanted.weight(d, kWhh);
   p.backend.backward(p, changes);
   // Only the scans read these; the products that follow can have their memory.
-  changes.adds_carry.clear();
-  changes.adds_previous.clear();
+  changes.adds = {};
   if (s.P == 0) t.saved_tangent.reset();
   return changes;
 }
@@ -156,15 +165,25 @@ void add_changes_of_rows(const Problem& p, const Tensors& t, const Arguments& v,
   const Shape& s = p.shape;
   const Tensor& dgates = t.dgates[d];
   Tensor* result = changes + kFirstWeight + d * kWeightCount;
-  if (wanted.weight(d, kWih) && v.x.defined())
+  // Whether there is a part to add to; if not, there is memory for it now.
+  const auto begun = [&](int which, int64_t rows, int64_t columns) {
+    if (result[which].defined()) return true;
+    result[which] = p.allocate({rows, columns});
+    return false;
+  };
+  if (wanted.weight(d, kWih) && v.x.defined()) {
+    const bool add = begun(kWih, p.cell.gates * s.H, s.I);
     for (const InputSide& side : input_side(p.cell, s.H))
       sum_over_rows(part(result[kWih], 0, side.row, side.count), part(dgates, 1, side.column, side.count),
-                    v.x, true);
+                    v.x, add);
+  }
   if (wanted.weight(d, kWhh)) {
+    const bool add = begun(kWhh, p.cell.gates * s.H, s.Hr());
     const Tensor change = previous_hidden(p, t.output_tangent, v.h0, d);
-    sum_over_rows(result[kWhh], rows_after(change, part(dgates, 1, 0, p.cell.gates * s.H), d), change, true);
+    sum_over_rows(result[kWhh], rows_after(change, part(dgates, 1, 0, p.cell.gates * s.H), d), change, add);
   }
   if (wanted.weight(d, kWhr)) {
+    const bool add = begun(kWhr, s.P, s.H);
     const auto saved = [&](const Tensor& all, int64_t which) {
       return all.select(0, d).view({s.N, p.cell.saved, s.H}).select(1, which);
     };
@@ -172,41 +191,51 @@ void add_changes_of_rows(const Problem& p, const Tensors& t, const Arguments& v,
     const Tensor change =
         saved(t.saved_tangent, Lstm::kSavedOutput) * tanh_c +
         saved(t.saved, Lstm::kSavedOutput) * (1 - tanh_c * tanh_c) * saved(t.saved_tangent, Lstm::kSavedCell);
-    sum_over_rows(result[kWhr], t.dh.select(0, d), change, true);
+    sum_over_rows(result[kWhr], t.dh.select(0, d), change, add);
   }
 }
 
-// How the gradients of the arguments change.
-template <class T>
-Gradients changes_of_gradients(const Problem& p, const TangentArgs<T>& forward, Tensors& t,
-                               const Arguments& a, const Arguments& v, const Wanted& wanted) {
-  const BackwardTensors back = scan_back(p, forward, t, a, v, wanted);
+// How the gradients of the arguments change with those of the gates: what layer_backward makes of `adds`.
+Gradients changes_by_gates(const Problem& p, Tensors& t, Adds adds, const Arguments& a,
+                           const Wanted& wanted) {
+  const BackwardTensors back = scan_back(p, t, std::move(adds), a, wanted);
   Gradients changes;
   changes[kH0] = back.dh0;
   if (wanted(kC0)) changes[kC0] = back.carry;
+  for (int64_t d = 0; d < p.D(); ++d) add_weight_gradients(p, back, d, wanted, changes.data());
+  if (wanted(kInput)) changes[kInput] = input_gradient(p, back);
+  return changes;
+}
+
+// How the gradients of the arguments change, without changes_by_gates if `adds` is defined: then they go there.
+template <class T>
+Gradients changes_of_gradients(const Problem& p, const TangentArgs<T>& forward, Tensors& t,
+                               const Arguments& a, const Arguments& v, const Wanted& wanted,
+                               const Tensor& adds) {
+  Adds found = adds.defined() ? adds_in(p, adds) : adds_for(p, t, v);
+  scan_steps(p, forward, t, v, found);
+  Gradients changes;
+  if (!adds.defined()) changes = changes_by_gates(p, t, std::move(found), a, wanted);
   for (int64_t d = 0; d < p.D(); ++d) {
-    add_weight_gradients(p, back, d, wanted, changes.data());
     add_changes_of_rows(p, t, v, d, wanted, changes.data());
-  }
-  if (!wanted(kInput)) return changes;
-  changes[kInput] = input_gradient(p, back);
-  for (int64_t d = 0; d < p.D(); ++d)
-    if (v.weights[d].w_ih.defined())
+    if (wanted(kInput) && v.weights[d].w_ih.defined())
       for (const InputSide& side : input_side(p.cell, p.shape.H))
         p.backend.add_product(changes[kInput], part(t.dgates[d], 1, side.column, side.count),
                               part(v.weights[d].w_ih, 0, side.row, side.count));
+  }
   return changes;
 }
 
 template <class T>
-Gradients run(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, const Wanted& wanted) {
+Gradients run(const Problem& p, Tensors& t, const Arguments& a, const Arguments& v, const Wanted& wanted,
+              const Tensor& adds) {
   const TangentArgs<T> forward = scan<T>(p, t, a, v);
-  return wanted.bits ? changes_of_gradients(p, forward, t, a, v, wanted) : Gradients();
+  return wanted.bits ? changes_of_gradients(p, forward, t, a, v, wanted, adds) : Gradients();
 }
 
 }  // namespace
 
-Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
+Tensors17 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
                                 const OptTensor& input, const OptTensor& batch_sizes, const OptTensor& h0,
                                 const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                                 const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
@@ -259,12 +288,16 @@ Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const O
   if (p.cell.carry)
     t.carry = p.cell.cell_state && grad_cell.defined() ? grad_cell.clone() : zeros_like_state(p, s.H);
   Gradients changes;
+  Tensor adds;
+  if (wanted(kAdds)) adds = p.allocate({s.D, s.N * adds_columns(p.cell, s.H, s.Hr())});
   if (p.empty()) {
+    if (adds.defined()) adds.zero_();
     t.output_tangent.zero_();
     t.hn_tangent.zero_();
     changes = gradients_of_nothing(p, wanted);
   } else {
-    changes = p.compute == at::kFloat ? run<float>(p, t, a, v, wanted) : run<double>(p, t, a, v, wanted);
+    changes = p.compute == at::kFloat ? run<float>(p, t, a, v, wanted, adds)
+                                      : run<double>(p, t, a, v, wanted, adds);
   }
   if (changes[kInput].defined() && output.dim() == 3) changes[kInput] = changes[kInput].view({s.T, s.B, s.I});
   t.output_tangent = t.output_tangent.view(output.sizes());
@@ -273,7 +306,7 @@ Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const O
   const auto if_needed = [&](int k, const Tensor& tensor) { return (needs >> k) & 1 ? tensor : Tensor(); };
   return std::tuple_cat(
       std::make_tuple(if_needed(0, t.output_tangent), if_needed(1, t.hn_tangent), if_needed(2, t.c_tangent)),
-      changes);
+      changes, std::make_tuple(adds));
 }
 
 }  // namespace frnn

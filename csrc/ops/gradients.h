@@ -13,8 +13,9 @@ enum Gradient { kInput, kH0, kC0, kFirstWeight };
 enum WeightGradient { kWih, kWhh, kBih, kBhh, kWhr, kWeightCount };
 
 constexpr int kGradients = kFirstWeight + 2 * kWeightCount;
-// Bits of `needs` above those of the gradients.
+// Bits of `needs` above those of the gradients: of layer_backward, of layer_double_backward.
 enum { kStateGradients = kGradients, kSavedIsSpent };
+enum { kAdds = kGradients };
 
 struct Wanted {
   int64_t bits;
@@ -29,6 +30,12 @@ using Gradients = std::array<Tensor, kGradients>;
 
 // Of a call without rows or units (backward.cpp).
 Gradients gradients_of_nothing(const Problem& p, const Wanted& wanted);
+
+// All Adds in one tensor, [D, N * adds_columns]: a direction's parts one after another.
+inline int64_t adds_columns(const CellTraits& cell, int64_t H, int64_t Hr) {
+  return (cell.gate_grads + cell.carry) * H + Hr;
+}
+Adds adds_in(const Problem& p, const Tensor& all);
 
 // What follows a backward scan: the gradients of direction d's weights, at their places in `gradients`; that of the
 // input (backward.cpp).

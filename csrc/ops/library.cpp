@@ -12,6 +12,7 @@
 //   dgates       [D, N, kGateGrads*H], gradients of the pre-activations of the gates (csrc/cells)
 //   previous     [D, N, Hr], h_{t-1} of every row
 //   dh           [D, N, Hr], gradient of every h_t
+//   adds         [D, N * columns], what a second derivative adds to each step of a backward pass (Adds in scan.h)
 //
 // `needs` has bit k set where gradient k of the results is wanted; the others come back undefined (None). dh is made on
 // the CPU alone. Above them, for layer_backward: nobody reads `saved` again, so its memory may be used; a graph, which
@@ -33,7 +34,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
-      "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs) -> "
+      "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs, Tensor? adds=None) -> "
       "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, "
       "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor "
       "w_hr_reverse, "
@@ -46,7 +47,8 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
       "Tensor? w_hr_reverse, Tensor output, Tensor saved) -> "
       "(Tensor dgates, Tensor previous, Tensor h0, Tensor c0)");
-  // The derivatives of <v, layer_backward>: by the gradients that it takes, then by the layer's arguments.
+  // The derivatives of <v, layer_backward>: by the gradients that it takes, then by the layer's arguments. Where `adds` is
+  // wanted, without what layer_backward makes of it: it may have a pass to make anyhow.
   m.def(
       "layer_double_backward(str cell, Tensor dh, Tensor? grad_cn, Tensor? input, "
       "Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
@@ -58,7 +60,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? v_w_hr_reverse, Tensor output, Tensor saved, int needs) -> "
       "(Tensor grad_output, Tensor grad_hn, Tensor grad_cn, Tensor input, Tensor h0, Tensor c0, "
       "Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, Tensor w_ih_reverse, "
-      "Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor w_hr_reverse)");
+      "Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor w_hr_reverse, Tensor adds)");
   m.def(
       "cell_forward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, bool save) -> (Tensor h, Tensor c, Tensor saved)");

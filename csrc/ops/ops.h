@@ -17,8 +17,8 @@ using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors14 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor>;
-using Tensors16 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors17 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTensor& batch_sizes,
                        const OptTensor& h0, const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
@@ -34,7 +34,7 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                          const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                          const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
-                         int64_t needs);
+                         int64_t needs, const OptTensor& adds);
 
 Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
                               const OptTensor& grad_cn, const OptTensor& batch_sizes, const OptTensor& h0,
@@ -44,7 +44,7 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
                               const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                               const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved);
 
-Tensors16 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
+Tensors17 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
                                 const OptTensor& input, const OptTensor& batch_sizes, const OptTensor& h0,
                                 const OptTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                                 const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,

@@ -1,6 +1,7 @@
 // What autograd.Layer and autograd.Cell of fused_rnn/autograd.py do, for calls straight from Python (at_once.h): a
 // Function in C++ costs a third of one in Python. A backward pass that is itself recorded or transformed goes on in
 // derivable.cpp.
+#include <ATen/EmptyTensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -20,7 +21,7 @@ using torch::autograd::AutogradContext;
 
 constexpr int kCellArguments = 7;  // the first ones: a cell has one direction, and no projection
 // Of what is saved, behind the arguments.
-enum { kOutput = kRecordedArguments, kSaved, kSavedTensors };
+enum { kOutput = kRecordedArguments, kSaved, kLink, kSavedTensors };
 // Keys of what is kept beside tensors.
 constexpr const char *kCell = "cell", *kIsCell = "is_cell", *kUnseen = "unseen";
 
@@ -58,11 +59,30 @@ void put(const Found& found, variable_list& result) {
       found);
 }
 
+// The last result of a layer's Function: not a number of it is ever read, but its gradient carries what a second
+// derivative adds to the pass back (RecordedPass). Undefined where there are no kernels for that, and where hooks would
+// take it for data.
+Tensor link_of(const Tensor& output, const Tensor& saved, const RecordedArguments& t,
+               const CellTraits& cell) {
+  if (!output.is_cpu() || output.numel() == 0 || !at::SavedTensorDefaultHooks::get_tls_state().stack.empty())
+    return {};
+  const int64_t H = t[kFirstWeight + kWhh]->size(0) / cell.gates, Hr = t[kFirstWeight + kWhh]->size(1);
+  const int64_t rows = output.numel() / output.size(-1);
+  return at::detail::empty_strided_cpu({saved.size(0), rows * adds_columns(cell, H, Hr)}, {0, 0},
+                                       saved.scalar_type());
+}
+
 // A cell's as that of a layer of one step: what has rows gets a dimension in front.
 RecordedPass pass_of(const Call& call, const variable_list& gradients, const variable_list& t,
                      const std::vector<bool>& wanted) {
-  RecordedPass pass{call.cell,  {},       wanted, gradients, {t.begin(), t.begin() + wanted.size()},
-                    t[kOutput], t[kSaved]};
+  RecordedPass pass{call.cell,
+                    {},
+                    wanted,
+                    gradients,
+                    {t.begin(), t.begin() + wanted.size()},
+                    t[kOutput],
+                    t[kSaved],
+                    torch::autograd::get_current_graph_task_keep_graph() ? t[kLink] : Tensor()};
   pass.wanted.resize(kRecordedArguments);
   pass.arguments.resize(kRecordedArguments);
   if (!call.is_cell) return pass;
@@ -93,6 +113,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
                         t[11], t[12], true);
     }
     if (!traits.cell_state) results.pop_back();
+    const Tensor link = call.is_cell ? Tensor() : link_of(results[0], saved, t, traits);
+    if (link.defined()) results.push_back(link);
 
     variable_list kept;
     kept.reserve(kSavedTensors);
@@ -101,8 +123,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
     const auto varies = [&](int k) { return kept[k].defined() && kept[k].requires_grad(); };
     if (!varies(kInput) && !varies(kWeights + kWih) && !varies(kWeights + kWeightCount + kWih))
       kept[kInput] = Tensor();
-    kept.push_back(results[0]);
-    kept.push_back(saved);
+    for (const Tensor& tensor : {results[0], saved, link}) kept.push_back(tensor);
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data[kCell] = call.cell;
     ctx->saved_data[kIsCell] = call.is_cell;
@@ -120,6 +141,11 @@ struct Recorded : torch::autograd::Function<Recorded> {
     const variable_list t = ctx->get_saved_variables();
     const std::string cell = ctx->saved_data[kCell].toStringRef();
     const bool is_cell = ctx->saved_data[kIsCell].toBool();
+    Tensor adds;
+    if (t[kLink].defined()) {
+      adds = gradients.back();
+      gradients.pop_back();
+    }
     gradients.resize(is_cell ? 2 : 3);
 
     std::vector<bool> wanted(is_cell ? kCellArguments : kRecordedArguments);
@@ -141,7 +167,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
         // Whatever happens from here on, no second pass may read it: torch says that it was changed in place.
         t[kSaved].unsafeGetTensorImpl()->bump_version();
       }
-      put(call_layer_backward(cell, {}, gradients, t, t[kOutput], t[kSaved], needs), result);
+      put(call_layer_backward(cell, {}, gradients, t, t[kOutput], t[kSaved], needs, if_defined(adds)),
+          result);
     }
     return result;
   }

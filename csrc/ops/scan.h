@@ -12,6 +12,12 @@ struct ForwardTensors {
   Tensor output, hn, cn, saved;
 };
 
+// On the CPU, what a second derivative adds on the way (BackwardDirection): by direction [N, kGateGrads*H]; [N, H] of a
+// cell with a carry; [N, Hr] or undefined. Empty: nothing.
+struct Adds {
+  std::vector<Tensor> gates, carry, previous;
+};
+
 struct BackwardTensors {
   Tensor x, h0, c0, output, saved, reset;  // of the forward pass
   Tensor grad_output, grad_hn;             // [N, D*Hr], [D, B, Hr]; undefined: zero
@@ -21,10 +27,7 @@ struct BackwardTensors {
   std::vector<Tensor> dgates, dh;
   std::vector<Tensor> previous;  // by direction, where wanted: h_{t-1}, [N, Hr] or, on the CPU, fewer rows
   Tensor carry, dh0;             // [D, B, H] holding the gradient of c_n or zero; [D, B, Hr], where wanted
-  // On the CPU, what a second derivative adds on the way (BackwardDirection): whether `dgates` holds a part of it; by
-  // direction [N, H] or empty, [N, Hr] or undefined.
-  bool adds = false;
-  std::vector<Tensor> adds_carry, adds_previous;
+  Adds adds;
 };
 
 struct Backend {
