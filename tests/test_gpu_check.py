@@ -256,6 +256,8 @@ def test_details_of_real_logs():
     assert (
         gpu_check.sanitizer_details(log) == "memcheck 0 errors, racecheck did not finish, synccheck 1 error"
     )
+    log = "== racecheck\n========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)\n"
+    assert gpu_check.sanitizer_details(log).split(", ")[1] == "racecheck 2 hazards"
     lines = [
         "[1/4] lstm infer bf16 1x1x128: fused_rnn 12.0 us, torch 14.0 us",
         "[2/4] lstm infer bf16 1x1x128 graph: INVALID: output: error 1.0e+00",

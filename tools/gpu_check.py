@@ -180,9 +180,10 @@ def tests_details(log: str) -> str:
 
 
 def sanitizer_details(log: str) -> str:
-    """How many errors each tool counted."""
+    """How many errors each tool counted; racecheck sums up in words of its own, and counts hazards."""
     found, tool = {}, ""
-    for name, errors in re.findall(r"^== (\w+)$|ERROR SUMMARY: (\d+ errors?)", log, re.MULTILINE):
+    summary = r"^== (\w+)$|(?:ERROR|RACECHECK) SUMMARY: (\d+ (?:error|hazard)s?)"
+    for name, errors in re.findall(summary, log, re.MULTILINE):
         tool = name or tool
         if errors:
             found[tool] = errors
