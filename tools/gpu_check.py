@@ -125,8 +125,10 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
         return found
 
     def sanitized(_: float) -> dict[str, Command]:
-        # Only our kernels are watched. Every instance listens on ports of its own.
+        # Only our kernels are watched. Every instance listens on ports of its own. It would wait ten seconds for
+        # the GPU to be used, and three imports of torch at once may take longer.
         options = ["--kernel-name", "kns=frnn", "--error-exitcode", "9", "--report-api-errors", "no"]
+        options += ["--launch-timeout", "60"]
         small = [*pytest, "-m", "cuda", "tests/test_cuda_small.py"]
         return {
             tool: [str(sanitizer), "--tool", tool, "--port", str(49152 + 20 * i), *options, *small]
