@@ -81,6 +81,15 @@ def test_mistakes_of_a_cluster(seed: int) -> None:
     assert "an exited block's shared memory" in emulated.last_error()
 
 
+@needs_compiler
+def test_a_cluster_of_one_block_has_no_asynchronous_stores() -> None:
+    """PTX leaves undefined what they would do there."""
+    emulated = machines.emulated()
+    data = emulated.upload(torch.zeros(1, 32, 4))
+    assert emulated.call("run_ring", data, 1, 32, 2, 0) == LAUNCH_FAILURE
+    assert "st.async in a cluster of one block" in emulated.last_error()
+
+
 RING_MISTAKES = {
     "no guard": (LAUNCH_FAILURE, "race"),
     "reach of a block": (LAUNCH_FAILURE, "what an asynchronous store or copy wrote"),

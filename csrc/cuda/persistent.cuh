@@ -21,12 +21,16 @@ __device__ __forceinline__ Place place(const Args& args, int direction, int64_t 
   return {first, static_cast<int>(args.offsets[t + 1] - first)};
 }
 
+template <Exchange kExchange>
+constexpr int kLeastBlocks = least_blocks(kExchange);
+
 // Blocks along x: those of a replica, rank by rank, then the next batch tile; along y: directions.
-template <int kGroups, class Args>
+template <int kGroups, Exchange kExchange, class Args>
 __device__ __forceinline__ Replica replica_of_block(const Args& args, int columns, int row) {
   Replica replica;
   replica.H = static_cast<int>(args.H);
-  replica.blocks = (replica.H + kTileUnits<kGroups> - 1) / kTileUnits<kGroups>;
+  const int holding = (replica.H + kTileUnits<kGroups> - 1) / kTileUnits<kGroups>;
+  replica.blocks = holding > kLeastBlocks<kExchange> ? holding : kLeastBlocks<kExchange>;
   replica.rank = blockIdx.x % replica.blocks;
   replica.direction = blockIdx.y;
   replica.columns = columns;

@@ -15,7 +15,7 @@ namespace frnn {
 
 enum class Exchange {
   block,    // one block holds all weights of a direction
-  cluster,  // a cluster does, of up to 16 blocks
+  cluster,  // a cluster does, of 2 to 16 blocks
   grid,     // blocks anywhere on the GPU do; they must all run at once, so the launch is cooperative
 };
 enum class Pass { forward, backward };
@@ -74,9 +74,12 @@ constexpr int k_groups_for(int64_t H, int size) {
   return 0;
 }
 
+// In a cluster of one block st.async is undefined: a second one comes along, if need be without units.
+constexpr int least_blocks(Exchange exchange) { return exchange == Exchange::cluster ? 2 : 1; }
 // Blocks of a replica: P in the cost model.
 constexpr int64_t tile_blocks(const Tile& tile, int64_t H) {
-  return rounded_up(H, tile_units(tile.k_groups)) / tile_units(tile.k_groups);
+  const int64_t blocks = rounded_up(H, tile_units(tile.k_groups)) / tile_units(tile.k_groups);
+  return blocks > least_blocks(tile.exchange) ? blocks : least_blocks(tile.exchange);
 }
 constexpr int64_t tile_replicas(const Tile& tile, int64_t B) {
   return rounded_up(B, 8 * tile.columns) / (8 * tile.columns);

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     using Weights = WeightFragments<T, G, true>;
     using Pairs = BackwardPairs<Cell, T, kGroups>;
     constexpr int kAhead = Pairs::kAhead;
-    const Replica replica = replica_of_block<kGroups>(args, columns, row);
+    const Replica replica = replica_of_block<kGroups, kExchange>(args, columns, row);
     const Seat<kGroups> seat(replica, Weights::kPiece);
     // First: on their way they need room, in registers and in shared memory.
     Weights weights;

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     constexpr int G = Cell::kGates;
     using Weights = WeightFragments<T, G, false>;
     using Pairs = ForwardPairs<Cell, T, kGroups>;
-    const Replica replica = replica_of_block<kGroups>(args, columns, row);
+    const Replica replica = replica_of_block<kGroups, kExchange>(args, columns, row);
     const Seat<kGroups> seat(replica, Weights::kPiece);
     // First: on their way they need room, in registers and in shared memory.
     Weights weights;

@@ -215,8 +215,8 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* mbarrier, unsigned p
 }
 
 // A store of 4, 8 or 16 bytes, aligned to their number, that arrives some time later and then counts its bytes at an
-// mbarrier of the same block. Neither that block nor anything at the address may go away before.
-// st.async.mbarrier::complete_tx::bytes, sm_90.
+// mbarrier of the same block. Neither that block nor anything at the address may go away before. In clusters of two blocks
+// and more only. st.async.mbarrier::complete_tx::bytes, sm_90.
 template <class T>
 __device__ __forceinline__ void store_async(SharedAddress address, T value, SharedAddress mbarrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");

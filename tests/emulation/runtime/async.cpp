@@ -211,6 +211,7 @@ void store_async(uint32_t address, const void* value, unsigned bytes, uint32_t m
   const void* pc = __builtin_return_address(0);
   yield();
   Fiber* fiber = launch_state.current;
+  if (cluster_size() < 2) trap("st.async in a cluster of one block");
   if (address / kSlotBytes != mbarrier_address / kSlotBytes)
     trap("st.async to another block than its mbarrier's");
   if (address % bytes)
