@@ -166,13 +166,19 @@ const char* with_tile(const Tile& tile, F&& f) {
   return f(std::integral_constant<int, 8>{}, grid);
 }
 
-// What a kernel must be told before it is launched in this shape.
+// What a kernel must be told before it is launched in this shape. Its bound on shared memory is always the largest that
+// there is: another thread may be about to launch the same kernel in a larger shape.
 template <class Kernel>
 const char* prepare(Kernel* kernel, const LaunchShape& shape) {
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > (48 << 10))
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
+  if (shape.shared_bytes > (48 << 10)) {
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error == cudaSuccess && shape.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error_text(error);
