@@ -69,13 +69,13 @@ MISTAKES = {
     "grid: takes what is there": Mistake(
         "grid",
         "exchange.cuh",
-        "return pair[0].number == message_ && (alone_ || pair[1].number == message_);",
+        "return (pair[0].number == message_) & (alone_ | (pair[1].number == message_));",
         "return pair[0].number >= message_ - 1;",
     ),
     "grid: looks at the first word only": Mistake(
         "grid",
         "exchange.cuh",
-        "return pair[0].number == message_ && (alone_ || pair[1].number == message_);",
+        "return (pair[0].number == message_) & (alone_ | (pair[1].number == message_));",
         "return pair[0].number == message_;",
     ),
     "grid: multiplies before all have received": Mistake(

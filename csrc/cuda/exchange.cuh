@@ -251,25 +251,27 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
   __device__ __forceinline__ void send(bool) const {}
   __device__ __forceinline__ const T* receive() {
     const Message* from = messages_ + message_ % 2 * half_ + column_;
-    const int lines = column_ < line_ ? replica_.rows * V : 0;
+    const int lines = column_ < line_ ? replica_.rows * V : 0, step = lines_at_once_ * line_;
     ++message_;
     for (int first = first_line_; first < lines; first += kAtOnce * lines_at_once_) {
-      // Side by side: one after the other each would take its way to L2 and back.
+      // Side by side: one after the other each would take its way to L2 and back. And without a branch between them, which
+      // would take as long as many loads.
       Message got[kAtOnce][2];
-      bool all;
+      unsigned missing = 0;  // a bit for each line of which a word has not come
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) got[i][0].number = message_ - 1;
+      for (int i = 0; i < kAtOnce; ++i) {
+        got[i][0].number = message_ - 1;
+        missing |= static_cast<unsigned>(first + i * lines_at_once_ < lines) << i;
+      }
+      const Message* at = from + first * line_;
       const unsigned start = clock_high();
       do {
-        all = true;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-          if (first + i * lines_at_once_ < lines && !arrived(got[i]))
-            load_relaxed_both(got[i], from + (first + i * lines_at_once_) * line_);
+          if (missing >> i & 1) load_relaxed_both(got[i], at + i * step);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          all = all && (first + i * lines_at_once_ >= lines || arrived(got[i]));
-      } while (!all && !gives_up(start, gave_up_));
+        for (int i = 0; i < kAtOnce; ++i) missing &= ~(arrived(got[i]) << i);
+      } while (missing != 0 && !gives_up(start, gave_up_));
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int line = first + i * lines_at_once_;
@@ -290,9 +292,9 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
   static constexpr bool kFewRegisters = std::is_same_v<T, Exact> || (kGroups == 8 && V * sizeof(T) == 16);
   static constexpr int kAtOnce = kGroups < 4 || kFewRegisters ? 4 : kGroups;
 
-  // The second word of the last pair may lie behind the last word: nobody sends it, and it is zero.
-  __device__ __forceinline__ bool arrived(const Message (&pair)[2]) const {
-    return pair[0].number == message_ && (alone_ || pair[1].number == message_);
+  // 1 or 0. The second word of the last pair may lie behind the last word: nobody sends it, and it is zero.
+  __device__ __forceinline__ unsigned arrived(const Message (&pair)[2]) const {
+    return (pair[0].number == message_) & (alone_ | (pair[1].number == message_));
   }
 
   const Replica& replica_;
