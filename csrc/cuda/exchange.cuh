@@ -157,16 +157,20 @@ class StateExchange<Exchange::cluster, T, V, kGroups> {
     if (is_given_up(gave_up_)) return;          // by any thread of this block, or by another
     if (more && threadIdx.x < replica_.blocks)  // the other tile is multiplied
       mbarrier_arrive_after_reads(address_at_rank(shared_address(&empty_[message_ % kTiles]), threadIdx.x));
-    // Each block begins with itself, so that not all store to the same one at once.
-    for (int i = threadIdx.x; i >> peer_shift_ < replica_.blocks; i += kTileThreads) {
-      const int item = i & ((1 << peer_shift_) - 1), line = item / kChunks;
-      const int k = replica_.rank * kUnits + item % kChunks * kChunk;
+    // A thread loads a chunk once and stores it to every block, or, where the threads outnumber the chunks, to some. Each
+    // block begins with itself, so that not all store to the same one at once.
+    const int chunks = 1 << peer_shift_, peers_at_once = max(kTileThreads >> peer_shift_, 1);
+    for (int item = threadIdx.x & (chunks - 1); item < chunks; item += kTileThreads) {
+      const int line = item / kChunks, k = replica_.rank * kUnits + item % kChunks * kChunk;
       if (line >= replica_.rows * V || k >= replica_.H) continue;
-      int peer = replica_.rank + (i >> peer_shift_);
-      if (peer >= replica_.blocks) peer -= replica_.blocks;
       const uint4 value = *reinterpret_cast<const uint4*>(staged_ + item * kChunk);
-      store_async(address_at_rank(shared_address(tiles_.at(tile, line % V, line / V, k)), peer), value,
-                  address_at_rank(shared_address(&full_[tile]), peer));
+      const SharedAddress to = shared_address(tiles_.at(tile, line % V, line / V, k));
+      const SharedAddress full = shared_address(&full_[tile]);
+      for (int turn = threadIdx.x >> peer_shift_; turn < replica_.blocks; turn += peers_at_once) {
+        int peer = replica_.rank + turn;
+        if (peer >= replica_.blocks) peer -= replica_.blocks;
+        store_async(address_at_rank(to, peer), value, address_at_rank(full, peer));
+      }
     }
   }
   __device__ __forceinline__ const T* receive() {
