@@ -182,23 +182,36 @@ struct WeightFragments {
     if constexpr (kExact) {
       ExactProducts<G, kTransposed>::template multiply<V>(sums, word, state, row, vector, pieces, rows);
     } else {
-      float chains[G][4];  // by gate: more of them side by side
+      // Sums that do not wait for each other: by gate, and of a gate alone by half.
+      constexpr int kChains = G == 1 ? 2 : G;
+      float chains[kChains][4];
 #pragma unroll
-      for (int gate = 0; gate < G; ++gate)
-        chains[gate][0] = chains[gate][1] = chains[gate][2] = chains[gate][3] = 0;
+      for (int chain = 0; chain < kChains; ++chain)
+        chains[chain][0] = chains[chain][1] = chains[chain][2] = chains[chain][3] = 0;
+      // The products of a gate alone take no longer than the way of the state of a piece: there it is loaded before all.
+      constexpr bool kAllFirst = G == 1;
+      uint32_t b[kAllFirst ? kPieces : 1][V][4];
+      const auto load = [&](int piece) {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          load_matrices(b[kAllFirst ? piece : 0][v], state + v * vector + piece * kPiece);
+      };
+#pragma unroll
+      for (int piece = 0; piece < kPieces && kAllFirst; ++piece) {
+        if (piece >= pieces) break;
+        load(piece);
+      }
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         if (piece >= pieces) break;
-        uint32_t b[V][4];
-#pragma unroll
-        for (int v = 0; v < V; ++v) load_matrices(b[v], state + v * vector + piece * kPiece);
+        if constexpr (!kAllFirst) load(piece);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int gate = 0; gate < G; ++gate) {
-            const uint32_t (&all)[4] = b[V == 1 ? 0 : gate];
+            const uint32_t (&all)[4] = b[kAllFirst ? piece : 0][V == 1 ? 0 : gate];
             const uint32_t own[2] = {all[2 * half], all[2 * half + 1]};
-            multiply(T{}, chains[gate], word[piece][half][gate], own);
+            multiply(T{}, chains[G == 1 ? half : gate], word[piece][half][gate], own);
           }
       }
 #pragma unroll
@@ -206,7 +219,7 @@ struct WeightFragments {
 #pragma unroll
         for (int s = 0; s < kSums; ++s) sums[s][i] = chains[s][i];
 #pragma unroll
-        for (int gate = kSums; gate < G; ++gate) sums[0][i] += chains[gate][i];
+        for (int chain = kSums; chain < kChains; ++chain) sums[0][i] += chains[chain][i];
       }
     }
   }
