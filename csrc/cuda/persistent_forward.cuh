@@ -57,6 +57,12 @@ class ForwardPairs : public SeatPairs<kGroups> {
     }
   }
 
+  // Unlike SeatPairs::any also where one block does everything: what takes the time there is the special-function unit, and
+  // pairs without a row would take as much of it as the others.
+  __device__ __forceinline__ bool any(int i) const {
+    return kGroups == 1 ? i == 0 || seat_.first_row(i) < replica_.rows : Base::any(i);
+  }
+
   // Asks for what the step at `place` reads.
   __device__ __forceinline__ void ask(unsigned round, const Place& place, bool (&reset)[kPairs]) const {
     whole_ ? ask<true>(round, place) : ask<false>(round, place);
