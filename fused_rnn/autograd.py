@@ -95,6 +95,7 @@ class Layer(Function):
         if saved is None:  # the same call gives the same bits
             *_, saved = ops.layer_forward(ctx.cell, arguments[0], ctx.batch_sizes, *arguments[1:], True)
         if _looked_into():
+            assert adds is None  # comes from a pass without a graph, of which this one is a part
             kept = torch._C._autograd._get_current_graph_task_keep_graph()
             found = transforms.layer_gradients(
                 ctx.cell, ctx.batch_sizes, wanted, gradients, arguments, output, saved, link if kept else None

@@ -17,12 +17,13 @@ namespace {
 
 using torch::autograd::AutogradContext;
 
-constexpr int kPassGradients = 3;                        // that a backward pass takes
-constexpr int kVariables = kPassGradients + kGradients;  // those, then the layer's arguments
-// Behind those the link, which is one more; then the rest of what is saved.
-enum { kLink = kVariables, kBatchSizes, kOutput, kSaved, kDh };
+constexpr int kPassGradients = 3;  // that a backward pass takes
+constexpr int kVariables =
+    kPassGradients + kGradients;  // those, then the layer's arguments; behind them the link
+// Of what is saved, behind the variables.
+enum { kBatchSizes = kVariables, kOutput, kSaved, kDh };
 // Keys of what is kept beside tensors.
-constexpr const char *kCell = "cell", *kMade = "made";
+constexpr const char *kCell = "cell", *kMade = "made", *kIsLinked = "is_linked";
 
 template <class Signature>
 auto operator_of(const char* name) {
@@ -74,9 +75,8 @@ variable_list gradients_under_transform(const RecordedPass& pass) {
 variable_list other_double_backward(const std::string& cell, const variable_list& t, const variable_list& v,
                                     const std::vector<bool>& wanted) {
   const pybind11::gil_scoped_acquire locked;
-  return call_python("second_derivative", cell, t[kBatchSizes],
-                     std::vector<bool>(wanted.begin(), wanted.begin() + kVariables),
-                     as_python(t, 0, kVariables), as_python(v, 0, kGradients), t[kOutput], t[kSaved], t[kDh]);
+  return call_python("second_derivative", cell, t[kBatchSizes], wanted, as_python(t, 0, kVariables),
+                     as_python(v, 0, kGradients), t[kOutput], t[kSaved], t[kDh]);
 }
 
 struct Derivable : torch::autograd::Function<Derivable> {
@@ -92,12 +92,12 @@ struct Derivable : torch::autograd::Function<Derivable> {
 
     variable_list kept = pass.gradients;
     kept.insert(kept.end(), pass.arguments.begin(), pass.arguments.end());
-    for (const Tensor& t :
-         {pass.link, pass.batch_sizes.value_or(Tensor()), pass.output, pass.saved, found[kGradients]})
+    for (const Tensor& t : {pass.batch_sizes.value_or(Tensor()), pass.output, pass.saved, found[kGradients]})
       kept.push_back(t);
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data[kCell] = pass.cell;
     ctx->saved_data[kMade] = made;
+    ctx->saved_data[kIsLinked] = pass.link.defined();
     ctx->set_materialize_grads(false);
     variable_list results;
     for (int k = 0; k < kGradients; ++k)
@@ -116,13 +116,15 @@ struct Derivable : torch::autograd::Function<Derivable> {
       if (made(k)) changes |= (v[k] = cotangents[next++]).defined();
     if (!changes) return result;
 
-    std::vector<bool> wanted(kVariables + 1);
-    int64_t needs = 0;
-    for (int k = 0, edge = 0; k <= kLink; ++k)
+    std::vector<bool> wanted(kVariables);
+    int64_t needs = 0, edge = 0;
+    for (int k = 0; k < kVariables; ++k)
       if (t[k].defined()) {
         wanted[k] = ctx->needs_input_grad(edge++);
         needs |= int64_t{wanted[k]} << k;
       }
+    if (ctx->saved_data[kIsLinked].toBool())
+      needs |= int64_t{ctx->needs_input_grad(edge)} << (kPassGradients + kAdds);
     const bool has_kernels = t[kDh].defined() && !is_looked_into();
     const variable_list found =
         has_kernels ? call_double_backward(cell, t, v, needs) : other_double_backward(cell, t, v, wanted);
@@ -158,7 +160,7 @@ variable_list derivable_gradients(RecordedPass pass) {
   std::array<OptTensor, kVariables + 1> variables;
   for (int k = 0; k < kPassGradients; ++k) variables[k] = if_defined(pass.gradients[k]);
   for (int k = 0; k < kGradients; ++k) variables[kPassGradients + k] = if_defined(pass.arguments[k]);
-  variables[kLink] = if_defined(pass.link);
+  variables[kVariables] = if_defined(pass.link);
   const variable_list found =
       std::apply([&](const auto&... t) { return Derivable::apply(pass, t...); }, variables);
   variable_list result(kGradients);

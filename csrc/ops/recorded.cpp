@@ -156,6 +156,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
       needs |= int64_t{wanted[k]} << k;
     }
     if (is_looked_into()) {
+      TORCH_INTERNAL_ASSERT(!adds.defined(),
+                            "fused_rnn: a second derivative without a graph met a pass with one");
       const variable_list found = derivable_gradients(pass_of({cell, is_cell}, gradients, t, wanted));
       for (size_t k = 0; k < wanted.size(); ++k)
         result[k + 1] = is_cell && k < kFirstWeight && found[k].defined() ? found[k].squeeze(0) : found[k];
