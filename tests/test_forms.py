@@ -344,3 +344,4 @@ def test_cells_of_size_zero(kind, sizes):
     twins = make(kind, *sizes)
     compare(twins, make_input(twins.ours), make_state(twins.ours))
     compare(twins, make_input(twins.ours))
+    compare(twins, make_input(twins.ours).requires_grad_())

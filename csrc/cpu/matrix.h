@@ -7,9 +7,11 @@
 namespace frnn {
 inline namespace FRNN_ISA {
 
-// A team's share of a loop over `count` pieces, run by f(first, last) on each of up to `threads` threads.
+// A team's share of a loop over `count` pieces, run by f(first, last) on each of up to `threads` threads. There may be
+// none: a matrix without columns.
 template <class F>
 void on_team(int threads, int64_t count, F&& f) {
+  if (count < 1) return;
   struct Work {
     F& f;
     int64_t count;
