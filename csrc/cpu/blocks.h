@@ -41,8 +41,8 @@ class Blocks {
     block.rows = block.tiles = 0;
     for (; s_ < scan_.shape.T; ++s_, turn_ = 0) {
       const int64_t rows_now = scan_.rows(s_);
-      int64_t rows = 0, count = 0;
-      tiles_.each(rows_now, [&](int64_t, int height) { rows += height, ++count; });
+      if (turn_ == 0) count_step(rows_now);
+      const int64_t rows = step_rows_, count = step_tiles_;
       if (block.tiles > 0 && block.rows + rows > kRowsAhead) return true;
       const int64_t most = rows > kRowsAhead ? divide_up(count, divide_up(rows, kRowsAhead)) : count;
       for (; tiles_.tile(turn_) < tiles_.count; ++turn_) {
@@ -69,9 +69,16 @@ class Blocks {
     for (int64_t b = r.first; b < r.last; ++b) block.row[block.rows++] = scan_.offset(s_) + b;
   }
 
+  // A step's, not a block's: there are as many blocks as the step has rows, if it is tall.
+  void count_step(int64_t rows_now) {
+    step_rows_ = step_tiles_ = 0;
+    tiles_.each(rows_now, [&](int64_t, int height) { step_rows_ += height, ++step_tiles_; });
+  }
+
   const Scan& scan_;
   const Tiles& tiles_;
   int64_t s_, turn_;
+  int64_t step_rows_ = 0, step_tiles_ = 0;
 };
 
 // The sums of a block: [panel][row of the block][gate][unit of the panel], of a member's panels.
