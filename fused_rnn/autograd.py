@@ -34,7 +34,8 @@ def _read_once(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the backward pass that runs now is the only reader of what was saved, in one call of the operator with
     these tensors: the graph is not kept, and no mode, subclass or batch of gradients may make several calls of it."""
     return (
-        not torch._C._autograd._get_current_graph_task_keep_graph()
+        not torch.compiler.is_compiling()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
         and torch._C._len_torch_dispatch_stack() == 0
         and all(
             t is None or (type(t) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(t))

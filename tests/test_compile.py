@@ -257,3 +257,30 @@ def test_new_packed_lengths_do_not_recompile(kind: Kind, with_hx: bool, device: 
             for state in tensors_of(hx if with_hx else ()):
                 torch._dynamo.mark_dynamic(state, 1)
         assert all(map(torch.equal, tensors_of(compiled(packed, hx)), tensors_of(ours(packed, hx))))
+
+
+# ------------------------------------------------------------------------------------------------ backward alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [(kind, "plain") for kind in KINDS] + [(kind, form) for kind in LAYERS for form in ("dropout", "packed")],
+    ids=str,
+)
+def test_compiled_autograd(kind: Kind, form: str, device: str):
+    """The backward pass of a call that was not compiled is captured whole as well."""
+    ours = make_twins(kind, device=device, **({} if kind.is_cell else {"num_layers": 2, "dropout": 0.5})).ours
+    ours.train(form == "dropout")
+    x, hx = leaves(ours, 4, 3)
+    how = {}
+    if form == "packed":
+        x = torch.randn(8, 5, device=device, requires_grad=True)
+        how["form"] = lambda rows: PackedSequence(rows, torch.tensor([3, 2, 2, 1]))
+
+    def gradients():
+        torch.manual_seed(0)
+        return run(ours, x, hx, **how)
+
+    expected = gradients()
+    with torch._dynamo.compiled_autograd._enable(whole):
+        assert_same(gradients(), expected)

@@ -96,6 +96,9 @@ RecordedPass pass_of(const Call& call, const variable_list& gradients, const var
 }
 
 struct Recorded : torch::autograd::Function<Recorded> {
+  // Compiled autograd takes the backward pass into its graph: it looks at no data, and calls operators alone.
+  static constexpr bool is_traceable = true;
+
   template <class... Given>
   static variable_list forward(AutogradContext* ctx, const Call& call, const Given&... given) {
     const RecordedArguments t{given...};
