@@ -52,15 +52,14 @@ class _Recurrent(nn.RNNBase):
         """Does nothing: the kernels take weights as they lie. Kept for code that calls it."""
 
     def _weights_have_changed(self) -> bool:
-        """Part of torch.nn's bookkeeping of ``_flat_weights``. torch's own asks weak references, some microseconds."""
+        """Part of torch.nn's bookkeeping of ``_flat_weights``. torch's own asks weak references, some microseconds, and
+        decides where a parameter was replaced, where a weight is computed (each look at one that is parametrized has
+        an effect: as often as torch.nn), and where one was put into ``_flat_weights``, to be used."""
         parameters = self._parameters
-        for weight, name in zip(self._flat_weights, self._flat_weights_names, strict=True):
-            now = parameters.get(name)
-            if now is None:  # parametrized, perhaps, where each look has an effect: as often as torch.nn
-                return super()._weights_have_changed()
-            if now is not weight:
-                return True
-        return False
+        flat = zip(self._flat_weights, self._flat_weights_names, strict=False)
+        if all(parameters.get(name) is weight is not None for weight, name in flat):
+            return False
+        return super()._weights_have_changed()
 
     # Hidden states: the user's form, a tensor or (LSTM) a pair, and the inner one, a tuple.
 
@@ -162,9 +161,15 @@ class _Recurrent(nn.RNNBase):
         return packed.repack(rows, input), self._hidden(packed.reorder(states, input.unsorted_indices))
 
     def _weights(self) -> list[Tensor]:
-        """All weights, in the order of torch's flat list."""
+        """All weights, in the order of torch's flat list. In a graph the list is not brought up to date; but what was
+        put into it, in the place of a parameter that is still the same, is used there too."""
         if is_compiling():
-            return [getattr(self, name) for name in self._flat_weights_names]
+            named = [getattr(self, name) for name in self._flat_weights_names]
+            known = zip(named, self._flat_weights, self._flat_weight_refs, strict=True)
+            return [
+                flat if ref is not None and ref() is now and flat is not now else now
+                for now, flat, ref in known
+            ]
         return self._flat_weights
 
     def _run(self, input: Tensor, batch_sizes: Tensor | None, states: States | None) -> tuple[Tensor, States]:

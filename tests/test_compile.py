@@ -212,6 +212,24 @@ def test_inference_saves_nothing(kind: Kind, device: str):
     assert saves == [False]
 
 
+@layers
+def test_what_is_put_into_flat_weights_is_used(kind: Kind, device: str):
+    """By a forward of one's own, as adapters do it."""
+    ours = make_twins(kind, device=device).ours
+    adapter = torch.randn_like(ours.weight_ih_l0).requires_grad_()
+
+    def adapted(x: Tensor):
+        weights = [getattr(ours, name) for name in ours._flat_weights_names]
+        ours._flat_weights = [weights[0] + adapter, *weights[1:]]
+        return ours(x)[0]
+
+    x = make_input(ours)
+    expected = adapted(x)
+    found = whole(adapted)(x)
+    assert torch.equal(found, expected) and not torch.equal(found, make_twins(kind, device=device).ours(x)[0])
+    assert torch.equal(*(torch.autograd.grad(y.sum(), adapter)[0] for y in (found, expected)))
+
+
 # -------------------------------------------------------------------------------------------------- dynamic shapes
 
 

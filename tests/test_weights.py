@@ -114,6 +114,35 @@ def test_flat_weights_follow(kind):
     assert [id(w) for w in ours._flat_weights] == [id(getattr(ours, n)) for n in ours._flat_weights_names]
 
 
+@layers
+@pytest.mark.parametrize("whole", [False, True], ids=["one", "list"])
+def test_what_is_put_into_flat_weights_is_used(kind, whole):
+    """As adapters do it: the sum of a weight and something that trains, call by call, and the parameter stays."""
+    twins = make(kind)
+    step = torch.randn_like(twins.ours.weight_hh_l1)
+    index = twins.ours._flat_weights_names.index("weight_hh_l1")
+    x = make_input(twins.ours)
+    found = []
+    for module in (twins.ours, twins.theirs):
+        adapter = step.clone().requires_grad_()
+        for scale in (1.0, 0.5):  # the second call sees the second change
+            adapted = module.weight_hh_l1 + scale * adapter
+            if whole:
+                module._flat_weights = [
+                    *module._flat_weights[:index],
+                    adapted,
+                    *module._flat_weights[index + 1 :],
+                ]
+            else:
+                module._flat_weights[index] = adapted
+            output, _ = module(x)
+            found.append((output, *torch.autograd.grad(output.sum(), [adapter, module.weight_hh_l1])))
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    new = nn.Parameter(torch.randn_like(step))
+    assert_follows(twins, lambda m: setattr(m, "weight_hh_l1", nn.Parameter(new.detach().clone())))
+
+
 # ----------------------------------------------------------------------------------------------------- shared
 
 
