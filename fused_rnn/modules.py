@@ -99,6 +99,13 @@ class _Recurrent(nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, self._hidden(states), batch_sizes)
+        for kind, tensors in (("hidden", states or ()), ("parameter", self._weights())):
+            for tensor in tensors:
+                if tensor.device != input.device:
+                    raise RuntimeError(
+                        f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
+                        f"and {kind} tensor at {tensor.device}"
+                    )
         if batch_sizes is None and input.size(1 if self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
