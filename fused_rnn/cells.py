@@ -45,9 +45,11 @@ class _Cell(nn.RNNCellBase):
             if state.shape != (batch, self.hidden_size):
                 raise RuntimeError(self._bad_state(k, state, batch))
         h0, c0 = (*states, None, None)[:2]
-        h, c = functional.cell_step(
-            cell, input, h0, c0, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        )
+        # in this order: an exported program lists its parameters as they were asked for
+        w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        if (b_ih is None) != (b_hh is None):  # the kernels take both or none
+            b_ih, b_hh = (torch.zeros_like(b_hh), b_hh) if b_ih is None else (b_ih, torch.zeros_like(b_ih))
+        h, c = functional.cell_step(cell, input, h0, c0, (w_ih, w_hh, b_ih, b_hh))
         return (h, c) if batched else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 

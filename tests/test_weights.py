@@ -143,6 +143,14 @@ def test_what_is_put_into_flat_weights_is_used(kind, whole):
     assert_follows(twins, lambda m: setattr(m, "weight_hh_l1", nn.Parameter(new.detach().clone())))
 
 
+@pytest.mark.parametrize("kind", CELLS, ids=str)
+@pytest.mark.parametrize("absent", ["bias_ih", "bias_hh"])
+def test_one_bias_of_a_cell(kind, absent):
+    twins = make(kind)
+    assert_follows(twins, lambda module: setattr(module, absent, None))
+    assert absent not in dict(twins.ours.named_parameters())
+
+
 # ----------------------------------------------------------------------------------------------------- shared
 
 
