@@ -92,6 +92,8 @@ class RNNCell(_Cell):
             h = ops.cell_at_once(f"rnn_{self.nonlinearity}", self._parameters, input, hx)
             if h is not None:
                 return h
+            if (node := scripting.node_of_call(self, input, hx)) is not None:
+                return node
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -127,6 +129,8 @@ class GRUCell(_Cell):
             h = ops.cell_at_once("gru", self._parameters, input, hx)
             if h is not None:
                 return h
+            if (node := scripting.node_of_call(self, input, hx)) is not None:
+                return node
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -160,6 +164,8 @@ class LSTMCell(_Cell):
             both = ops.cell_at_once("lstm", self._parameters, input, hx)
             if both is not None:
                 return both
+            if (node := scripting.node_of_call(self, input, hx)) is not None:
+                return node
         self._check_input(input)
         if hx is not None:
             for k, state in enumerate(hx):

@@ -137,6 +137,8 @@ class _Recurrent(nn.RNNBase):
                 found = ops.layer_at_once(self, input, hx)
                 if found is not None:
                     return found
+            if (node := scripting.node_of_call(self, input, hx)) is not None:
+                return node
             self._update_flat_weights()  # in a graph that would be a side effect; _weights does without
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)

@@ -1,10 +1,12 @@
-"""What ``torch.jit.script`` is told: TorchScript compiles no layer of ours, and ``revert`` gives it one it compiles."""
+"""What other ways to write a model down are told: TorchScript compiles no layer of ours, and ``revert`` gives it one it
+compiles; to ``torch.fx`` a layer is one node, as torch.nn's are."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
+from torch.fx import Proxy
 
 
 def refuse(module: nn.Module) -> NoReturn:
@@ -18,3 +20,17 @@ def refuse(module: nn.Module) -> NoReturn:
         "torch.nn's, which have the same weights: torch.jit.script(fused_rnn.revert(copy.deepcopy(model))). "
         "torch.compile and torch.export take the model as it is."
     )
+
+
+def node_of_call(module: nn.Module, input: Any, hx: Any) -> Proxy | None:
+    """The call as a node of the graph that ``torch.fx.symbolic_trace`` makes, or None where nobody traces.
+
+    A tracer takes a class of torch.nn for a leaf by where it is defined, and would go into one of ours, whose way
+    depends on its input.
+    """
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    traced = next((given for given in (input, *states) if isinstance(given, Proxy)), None)
+    if traced is None:
+        return None
+    arguments = (input,) if hx is None else (input, hx)
+    return traced.tracer.create_proxy("call_module", traced.tracer.path_of_module(module), arguments, {})
