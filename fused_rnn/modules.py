@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops, packed, scripting
 from .functional import States
 
 _PROJ_ONLY_LSTM = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+#: By mode; looked up once, on import: inside patch() torch.nn's names are ours.
+_OF_TORCH = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 #: The methods of torch's interface that check the arguments of a call.
 _CHECKS = (
@@ -140,6 +144,8 @@ class _Recurrent(nn.RNNBase):
             if (node := scripting.node_of_call(self, input, hx)) is not None:
                 return node
             self._update_flat_weights()  # in a graph that would be a side effect; _weights does without
+            if any(isinstance(weight, ExpandedWeight) for weight in self._flat_weights):
+                return _OF_TORCH[self.mode].forward(self, input, hx)  # they know torch's own operators alone
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):

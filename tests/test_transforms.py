@@ -20,11 +20,13 @@ from parity import (
     RNN_CELL,
     make_input,
     make_twins,
+    pack,
     run,
     tensors_of,
 )
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,6 +191,23 @@ def test_gradient_of_each_sample(kind):
         return vmap(grad(lambda w, x: loss_of(module, w, x[:, None])), (None, 1))(weights_of(module), x)
 
     torch.testing.assert_close(per_sample(twins.ours), per_sample(twins.theirs))
+
+
+@layers
+@pytest.mark.parametrize("form", ["padded", "batch_first", "packed"])
+def test_expanded_weights(kind, form):
+    """The older way to the gradient of each sample: weights of a class that knows operators of torch's alone."""
+    batch_first = form == "batch_first"
+    twins = make_twins(kind, dtype=torch.float64, num_layers=2, batch_first=batch_first)
+    x = make_input(twins.ours, 4, 3).requires_grad_()
+
+    def per_sample(module):
+        given = pack([4, 2, 2], enforce_sorted=True)(x) if form == "packed" else x
+        result = call_for_per_sample_grads(module, batch_size=3, batch_first=batch_first)(given)
+        sum(out.sum() for out in tensors_of(result)).backward()
+        return [weight.grad_sample for weight in module.parameters()]
+
+    assert_close(per_sample(twins.ours), per_sample(twins.theirs))
 
 
 # ---------------------------------------------------------------------------------------- seen from elsewhere
