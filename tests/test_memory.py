@@ -11,6 +11,7 @@ import gc
 import math
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from parity import (
     CLASSES,
     KINDS,
     LAYERS,
+    LSTM,
     make_input,
     make_state,
     make_twins,
@@ -353,3 +355,29 @@ def test_optimizer_step_between_forward_and_backward_raises(kind):
     optimizer.step()
     with pytest.raises(RuntimeError, match=EDITED):
         losses[1].backward()
+
+
+def _mapping_flags(address: int) -> set[str]:
+    """Of the memory mapping around an address, as Linux tells them; empty where it does not."""
+    inside = False
+    try:
+        with Path("/proc/self/smaps").open() as maps:
+            for line in maps:
+                key, *values = line.split()
+                if "-" in key and not key.endswith(":"):
+                    first, last = (int(end, 16) for end in key.split("-"))
+                    inside = first <= address < last
+                elif inside and key == "VmFlags:":
+                    return set(values)
+    except OSError:
+        pass
+    return set()
+
+
+@pytest.mark.skipif(not _mapping_flags(id(object())), reason="needs Linux, which tells the flags of a mapping")
+def test_large_memory_is_asked_for_in_huge_pages():
+    ours = make_twins(LSTM, 8, 64).ours
+    with torch.no_grad():
+        output = ours(torch.randn(600, 64, 8))[0]
+    assert output.nbytes >= 8 << 20
+    assert "hg" in _mapping_flags(output.data_ptr() + output.nbytes // 2)

@@ -91,7 +91,7 @@ TangentArgs<T> scan(const Problem& p, Tensors& t, const Arguments& a, const Argu
   return args;
 }
 
-// What each step adds to the changes of the gates' gradients, and those gradients. `adds`: where to, or empty.
+// What each step adds to the changes of the gates' gradients, into `adds`, and those gradients.
 template <class T>
 void scan_steps(const Problem& p, const TangentArgs<T>& forward, Tensors& t, const Arguments& v, Adds& adds) {
   const Shape& s = p.shape;
