@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
@@ -84,6 +84,10 @@ PROMISES = (
     # the weights, whatever their dtype
     Promise(r"step_fused_kernel<.*>", (r"LDG\.E\.128",)),
 )
+
+
+# Sigmoids and tanhs of a unit, forward and backward: kExponentials and kGradExponentials in csrc/cells.
+EXPONENTIALS = {"Lstm": (5, 1), "Gru": (3, 0), "Rnn<Tanh>": (1, 0), "Rnn<Relu>": (0, 0)}
 
 
 def find_cuobjdump() -> Path | None:
@@ -161,19 +165,19 @@ def launch_bounds() -> dict[tuple[str, str], int]:
     return found
 
 
-def disassemble(arch: str) -> dict[str, set[str]]:
-    """Name -> the instructions of every kernel, without their operands."""
-    found, kernel = defaultdict(set), ""
+def disassemble(arch: str) -> dict[str, Counter[str]]:
+    """Name -> the instructions of every kernel, without their operands, and how often it has each."""
+    found, kernel = defaultdict(Counter), ""
     for line in output(CUOBJDUMP, "--dump-sass", "--gpu-architecture", f"sm_{arch}", BINARY).splitlines():
         if match := re.match(r"\s*Function : (\w+)", line):
             kernel = readable()[match[1]]
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", line):
-            found[kernel].add(match[1])
+            found[kernel][match[1]] += 1
     return dict(found)
 
 
 @cache
-def instructions() -> dict[str, dict[str, set[str]]]:
+def instructions() -> dict[str, dict[str, Counter[str]]]:
     readable()
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(READ, pool.map(disassemble, READ), strict=True))
@@ -253,3 +257,20 @@ def test_kernels_hold_the_instructions_that_they_were_written_for(promise):
             if missing or wrong:
                 broken.append(f"sm_{arch} {name}: lacks {missing}, has {wrong}")
         assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_sigmoid_or_tanh_of_a_persistent_kernel_is_an_exponential_and_a_reciprocal(cell):
+    """What csrc/cuda/cost.cpp takes for granted, for all numbers. A thread has two pairs of units; one reciprocal more
+    is that of a division of integers, which finds the replica of a block."""
+    for arch in READ:
+        seen = set()
+        for name, held in instructions()[arch].items():
+            match = re.fullmatch(rf"persistent_(forward|backward)_kernel<{re.escape(cell)}, .*>", name)
+            if not match or not any(word.startswith(("HMMA", "FFMA")) for word in held):
+                continue  # not a kernel of this architecture: it traps
+            seen.add(match[1])
+            wanted = 4 * EXPONENTIALS[cell][match[1] == "backward"]
+            specials = Counter({word: held[word] for word in held if word.startswith("MUFU")})
+            assert specials == Counter({"MUFU.EX2": wanted, "MUFU.RCP": wanted + 1}), f"sm_{arch} {name}"
+        assert seen == ({"forward", "backward"} if tools.Arch(arch).number >= 80 else set())

@@ -15,6 +15,8 @@ import fused_rnn
 from fused_rnn import _C
 
 CELLS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+# Results of the special-function unit that a unit of a row takes, forward and backward; test_cuda_binary.py counts.
+SPECIALS = {"lstm": (10, 2), "gru": (6, 0), "rnn_tanh": (2, 0), "rnn_relu": (0, 0)}
 DTYPES = ("fp32", "tf32", "fp64", "fp16", "bf16")
 PERSISTENT = ("block", "cluster", "grid")
 # The most that a block may ask for, by CUDA's tables of compute capabilities.
@@ -239,24 +241,68 @@ def test_short_sequences_are_not_worth_loading_the_weights() -> None:
     assert "too few steps to pay for loading the weights" in plan(T=1)["why"]
 
 
+def special_ns(cell: str, units: float, rows: int, backward: bool = False) -> float:
+    """Of so many units and rows in a multiprocessor, which gives 16 results a cycle of 1.98 GHz."""
+    return units * rows * SPECIALS[cell][backward] / (16 * 1.98)
+
+
 def test_the_floor_is_the_formula_s() -> None:
-    """max(products, weights from shared memory) + exchange + 80 ns, worked out by hand: on one block, where the
-    exchange is a barrier of 20 ns; on the 16 blocks of a cluster; and on all 132 multiprocessors."""
-    assert plan(B=1, H=64)["floor_step_ns"] == round(2 * 4 * 64 * 64 * 8 / 4340 + 20 + 80)
-    cluster = 2 * 4 * 512 * 512 * 8 / (16 * 4340) + 170 + 512 * 2 / 29 + 80
+    """max(products, weights from shared memory) + exchange + the exponentials of four rows + 80 ns, worked out by hand:
+    on one block, where the exchange is a barrier of 20 ns; on 16 blocks of a cluster; and on 132 multiprocessors."""
+    block = 2 * 4 * 64 * 64 * 8 / 4340 + 20 + special_ns("lstm", 64, 4) + 80
+    assert plan(B=1, H=64)["floor_step_ns"] == round(block)
+    cluster = 2 * 4 * 512 * 512 * 8 / (16 * 4340) + 170 + 512 * 2 / 29 + special_ns("lstm", 512 / 16, 4) + 80
     assert plan(B=1, H=512)["floor_step_ns"] == round(cluster)
-    grid = 2 * 4 * 1024**2 * 8 / (132 * 4340) + 500 + 132 * 1024 * 2 / 6900 + 80
-    assert plan(B=1, H=1024)["floor_step_ns"] == round(grid)
+    grid = 2 * 4 * 1024**2 * 8 / (132 * 4340) + 500 + 132 * 1024 * 2 / 6900
+    assert plan(B=1, H=1024)["floor_step_ns"] == round(grid + special_ns("lstm", 1024 / 132, 4) + 80)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_block_takes_the_exponentials_of_all_its_units(cell: str) -> None:
+    """Of 128 units, though the layer has fewer; forward of four rows or of eight, backward of eight always."""
+    gates = CELLS[cell]
+    for H, B in itertools.product((100, 128), (1, 4, 5, 8)):
+        found = plan("block", cell=cell, B=B, H=H)
+        for prefix in PASSES:
+            numbers = 128 * 8  # that a warp multiplies, of a row's pieces and of eight rows
+            read = 8 * numbers * 2 * (gates if prefix else 1) / 225
+            product = max(2 * gates * 128 * numbers / 4340, read)
+            exponentials = special_ns(cell, 128, 4 if B <= 4 and not prefix else 8, bool(prefix))
+            assert found[prefix + "modelled_step_ns"] == round(product + 20 + exponentials + 80)
+    by_cell = {other: plan("block", cell=other, B=8, H=128)["modelled_step_ns"] for other in CELLS}
+    assert by_cell[cell] - by_cell["rnn_relu"] > special_ns(cell, 128, 8) - 1  # each is rounded
+
+
+@pytest.mark.parametrize(
+    ("strategy", "B", "H", "cells"),
+    [
+        ("cluster", 1, 512, 16 * 4 * 4),  # two warps of eight have the four rows; four take no longer
+        ("cluster", 8, 512, 16 * 4 * 4),
+        ("cluster", 100, 512, 16 * 4 * 8),  # replicas of 16 rows, since eight blocks of 16 run at once
+        ("grid", 1, 1024, 16 * 4 * 4),  # one warp has the four rows
+        ("grid", 16, 1024, 16 * 4 * 4),
+        ("grid", 17, 1024, 16 * 4 * 8),  # of five warps two share a scheduler
+    ],
+)
+def test_a_scheduler_that_has_more_warps_than_the_others_is_waited_for(
+    strategy: str, B: int, H: int, cells: int
+) -> None:
+    tanh, relu = (
+        plan(strategy, cell=cell, B=B, H=H)["modelled_step_ns"] for cell in ("rnn_tanh", "rnn_relu")
+    )
+    assert abs(tanh - relu - special_ns("rnn_tanh", cells, 1)) <= 1
 
 
 def test_exact_products_take_the_instructions_that_they_need() -> None:
     """For four rows a warp with 16 units of an LSTM and 64 numbers of k has 512 multiply-adds; forward 32 loads, and 24
-    shuffles with a sum each; backward 64 and 30. A multiprocessor issues 4 instructions a cycle, of 8 warps."""
+    shuffles with a sum each; backward 64 and 30. A multiprocessor issues 4 instructions a cycle, of 8 warps. The cells'
+    exponentials are as many as those of other numbers."""
     for prefix, instructions in (("", 512 + 32 + 48), ("backward_", 512 + 64 + 60)):
-        four = 2 * instructions / 1.98
+        product = 2 * instructions / 1.98
         cost = {B: plan("block", B=B, H=64, dtype="fp32")[prefix + "modelled_step_ns"] for B in (1, 4, 5, 8)}
+        few, many = (special_ns("lstm", 128, 8 if prefix else rows, bool(prefix)) for rows in (4, 8))
         assert cost[1] == cost[4] and cost[5] == cost[8]
-        assert abs(cost[8] - cost[4] - four) <= 1 and abs(cost[4] - four - 100) <= 1
+        assert abs(cost[4] - product - few - 100) <= 1 and abs(cost[8] - 2 * product - many - 100) <= 1
 
 
 def test_the_input_of_a_persistent_kernel_comes_in_chunks() -> None:

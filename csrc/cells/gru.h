@@ -14,6 +14,7 @@ struct Gru {
   // r, z, q, n: the candidate's gradient differs on the recurrent side (q) and on the input side (n). The first
   // three are the gradient of the recurrent product, in the order of the rows of weight_hh.
   static constexpr int kGateGrads = 4;
+  static constexpr int kExponentials = 3, kGradExponentials = 0;
   static constexpr bool kHasCellState = false;
   static constexpr bool kHasCarry = true;  // z * dh, which goes to h_{t-1} past the product
   static constexpr bool kGradReadsOutput = false;

@@ -12,6 +12,7 @@ inline namespace FRNN_ISA {
 //   kGates      blocks of hidden_size rows in weight_ih and weight_hh
 //   kSaved      values a unit that step() hands to step_grad() (`saved`)
 //   kGateGrads  values a unit that step_grad() returns; the first kGates of them belong to the recurrent product
+//   kExponentials, kGradExponentials  sigmoids and tanhs a unit of step() and of step_grad(): what they cost a GPU
 //   step        x, h: the kGates pre-activations from the input and from the hidden state, biases included;
 //               h_prev: this unit's own h_{t-1}; state: the cell state, in place. Returns h_t.
 //   finish      the end of step, once the gates are in `saved`
@@ -24,6 +25,7 @@ struct Lstm {
   static constexpr int kGates = 4;
   static constexpr int kSaved = 5;  // i, f, g, o, c'
   static constexpr int kGateGrads = 4;
+  static constexpr int kExponentials = 5, kGradExponentials = 1;
   static constexpr bool kHasCellState = true;
   static constexpr bool kHasCarry = true;
   static constexpr bool kGradReadsOutput = false;

@@ -7,6 +7,7 @@ namespace frnn {
 inline namespace FRNN_ISA {
 
 struct Tanh {
+  static constexpr int kExponentials = 1;
   template <class V>
   static FRNN_HD V apply(V x) {
     return tanh_(x);
@@ -18,6 +19,7 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr int kExponentials = 0;
   template <class V>
   static FRNN_HD V apply(V x) {
     return relu(x);
@@ -33,6 +35,7 @@ struct Rnn {
   static constexpr int kGates = 1;
   static constexpr int kSaved = 0;  // the output, which is its gate too, is enough for the backward pass
   static constexpr int kGateGrads = 1;
+  static constexpr int kExponentials = Activation::kExponentials, kGradExponentials = 0;
   static constexpr bool kHasCellState = false;
   static constexpr bool kHasCarry = false;
   static constexpr bool kGradReadsOutput = true;

@@ -1,6 +1,6 @@
 // See cost.h. The model of a step, from latencies and bandwidths that others have measured on Hopper:
 //
-//   max(max(product, shared memory) + exchange + the cell, HBM)
+//   max(max(product, shared memory) + exchange + the cell's exponentials + the rest of it, HBM)
 //
 // Nothing in this file has been timed by this project yet. Figures that stand for more than one architecture are for
 // Hopper, since the tile and the strategy depend on their ratios, which differ less.
@@ -44,8 +44,13 @@ constexpr double kGigahertz = 1.98, kScalarProducts = 507;
 // what a block receives from the others of its cluster (3.3 TB/s over the 114 of an H800, by microbenchmarks).
 constexpr double kShared = 225, kL2ToOne = 112, kL2ToAll = 6900, kCluster = 29;
 // ns: one __syncthreads; h_t from where it is computed to where it is multiplied, by exchange (a barrier; distributed
-// shared memory and an mbarrier; a store to L2 and the load that sees it); the cell and the loop around it.
+// shared memory and an mbarrier; a store to L2 and the load that sees it); the cell but for its exponentials, and the
+// loop around it.
 constexpr double kBarrier = 20, kBlockExchange = 20, kClusterExchange = 170, kGridExchange = 500, kCell = 80;
+// Each scheduler of a multiprocessor has a special-function unit with 4 results a cycle: 16 together in CUDA's table of
+// the throughput of arithmetic instructions, from 7.5 to 10.0; 12.0 is taken to have as many. A sigmoid or a tanh is two,
+// an exponential and a reciprocal, by the kernels' SASS: the exact ones too, whose other instructions take less long.
+constexpr int kSchedulers = 4, kSpecials = 4, kSpecialsOfExponential = 2;
 // What the registers of a multiprocessor hold of the weights, and the most that registers and shared memory do.
 constexpr double kRegisterBytes = 128e3, kWeightBytes = 300e3;
 constexpr int64_t kMostCluster = 16;
@@ -118,6 +123,29 @@ double exact_product_time(const CudaProblem& p, double pieces, int64_t rows) {
   return static_cast<double>(rows) / 4 * cycles / kGigahertz;
 }
 
+// ns that the exponentials of a step's cells take, of so many units times rows in a multiprocessor.
+double exponential_time(const CudaProblem& p, double cells) {
+  const int exponentials = with_cell(p.cell, [&](auto cell) -> int {
+    using Cell = decltype(cell);
+    return p.pass == Pass::forward ? Cell::kExponentials : Cell::kGradExponentials;
+  });
+  return cells * exponentials * kSpecialsOfExponential / (kSchedulers * kSpecials * kGigahertz);
+}
+
+// Rows whose cells a warp computes at a time, of 16 units.
+constexpr int64_t kCellRows = 4;
+
+// Cells of a step that a block computes, if all its schedulers had as many as the busiest: they take the warps in turn.
+// Units that the layer lacks are computed; rows that the batch lacks are left out, but for the backward pass of one block
+// (`any` in persistent.cuh and persistent_forward.cuh).
+double cells_of_tile(const CudaProblem& p, const Tile& tile) {
+  const int64_t all = int64_t{8} * tile.columns;
+  const bool left_out = p.pass == Pass::forward || tile.k_groups > 1;
+  const int64_t fours = rounded_up(left_out ? std::min(p.B, all) : all, kCellRows) / kCellRows;
+  const int64_t of_warps = rounded_up(fours * (kTileWarps / tile.k_groups), kSchedulers);
+  return static_cast<double>(of_warps * kCellRows * tile_units(kTileWarps));
+}
+
 }  // namespace
 
 CudaGpu typical_gpu(int arch) {
@@ -172,7 +200,8 @@ CudaCost cost_of_tile(const CudaProblem& p, const Tile& tile, int64_t launches) 
   // More replicas than fit take turns, but for those of a cooperative launch, which all fit.
   const int64_t at_once = std::max<int64_t>(p.gpu.multiprocessors / blocks, 1);
   const double turns = static_cast<double>((replicas + at_once - 1) / at_once);
-  const double step = std::max(product, read) + sums + exchange + kCell;
+  const double step =
+      std::max(product, read) + sums + exchange + exponential_time(p, cells_of_tile(p, tile)) + kCell;
   const double load =
       (tile.exchange == Exchange::block ? kLaunch : kLargeLaunch) + weights * size / kL2ToOne * turns;
   const double lengths = p.packed ? kLaunch : 0;
@@ -196,7 +225,9 @@ double floor_of_step(const CudaProblem& p) {
       if (blocks <= kMostCluster && p.gpu.arch >= 90)
         exchange = std::min(exchange, kClusterExchange + state / kCluster);
       if (blocks == 1) exchange = kBlockExchange;
-      const double step = std::max(std::max(product, read) + exchange + kCell, memory_time(p));
+      const double cells =
+          exponential_time(p, static_cast<double>(p.H * rounded_up(rows, kCellRows)) / share);
+      const double step = std::max(std::max(product, read) + exchange + cells + kCell, memory_time(p));
       floor = std::min(floor, step);
     }
   }
