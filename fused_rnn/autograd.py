@@ -52,7 +52,9 @@ def _link(cell: str, output: Tensor, dtype: torch.dtype, w_hh: Tensor) -> Tensor
     traits, state = ops.CELLS[cell], w_hh.size(1)
     rows = output.shape[:-1].numel()
     size = (output.size(-1) // state, rows * ops.adds_columns(traits, w_hh.size(0) // traits.gates, state))
-    return torch.empty_strided(size, (0, 0), dtype=dtype)
+    if dtype != output.dtype:
+        return torch.empty_strided(size, (0, 0), dtype=dtype)
+    return output.detach().as_strided(size, (0, 0))  # memory that is there already
 
 
 class Layer(Function):

@@ -374,7 +374,9 @@ def _mapping_flags(address: int) -> set[str]:
     return set()
 
 
-@pytest.mark.skipif(not _mapping_flags(id(object())), reason="needs Linux, which tells the flags of a mapping")
+@pytest.mark.skipif(
+    not _mapping_flags(id(object())), reason="needs Linux, which tells the flags of a mapping"
+)
 def test_large_memory_is_asked_for_in_huge_pages():
     ours = make_twins(LSTM, 8, 64).ours
     with torch.no_grad():

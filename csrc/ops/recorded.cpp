@@ -1,7 +1,6 @@
 // What autograd.Layer and autograd.Cell of fused_rnn/autograd.py do, for calls straight from Python (at_once.h): a
 // Function in C++ costs a third of one in Python. A backward pass that is itself recorded or transformed goes on in
 // derivable.cpp.
-#include <ATen/EmptyTensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -68,8 +67,12 @@ Tensor link_of(const Tensor& output, const Tensor& saved, const RecordedArgument
     return {};
   const int64_t H = t[kFirstWeight + kWhh]->size(0) / cell.gates, Hr = t[kFirstWeight + kWhh]->size(1);
   const int64_t rows = output.numel() / output.size(-1);
-  return at::detail::empty_strided_cpu({saved.size(0), rows * adds_columns(cell, H, Hr)}, {0, 0},
-                                       saved.scalar_type());
+  // Over the memory of the output, in the dtype of sums.
+  Tensor link = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(output.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU), saved.dtype());
+  const std::array<int64_t, 2> sizes{saved.size(0), rows * adds_columns(cell, H, Hr)}, strides{};
+  link.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(sizes), at::IntArrayRef(strides));
+  return link;
 }
 
 // A cell's as that of a layer of one step: what has rows gets a dimension in front.

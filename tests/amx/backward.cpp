@@ -70,7 +70,7 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
       to.dh = of_direction(dh, N * H);
       to.carry = of_direction(carry, B * H);
       to.dh0 = of_direction(dh0, B * H);
-      to.adds = adds_previous;
+      to.adds_gates = adds_previous ? to.dgates : nullptr;
       to.adds_carry = of_direction(adds_carry, N * H);
       to.adds_previous = of_direction(adds_previous, N * H);
     }
