@@ -75,10 +75,11 @@ class SeatPairs {
   __device__ __forceinline__ SeatPairs(const Replica& replica, const Seat<kGroups>& seat)
       : replica_(replica), seat_(seat) {}
 
-  // Whether any thread of the warp has something to finish as its pair i. Where one block does everything nobody asks: the
-  // two pairs of a thread are then computed side by side.
+  // Whether any thread of the warp has a row to finish as its pair i. Where one block does everything, cells are what takes
+  // the time, and those of no row would take as much as the others.
   __device__ __forceinline__ bool any(int i) const {
-    return kGroups == 1 || (seat_.pair(i) < 2 * replica_.columns && seat_.first_row(i) < replica_.rows);
+    if (kGroups == 1) return i == 0 || seat_.first_row(i) < replica_.rows;
+    return seat_.pair(i) < 2 * replica_.columns && seat_.first_row(i) < replica_.rows;
   }
   // Whether the batch has the row of pair i, and the layer its units.
   __device__ __forceinline__ bool exists(int i) const {

@@ -220,9 +220,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       const bool multiplies = order > 0 || args.wants_dh0;
       Pairs::Inputs::wait();
       typename Pairs::Results results[kPairs];
+      if (seat.first_unit < replica.H) {
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-        if (pairs.any(i)) pairs.step(i, order & (kAhead - 1), places[0], reset[0][i], results[i]);
+        for (int i = 0; i < kPairs; ++i)
+          if (pairs.any(i)) pairs.step(i, order & (kAhead - 1), places[0], reset[0][i], results[i]);
+      }
       if (multiplies) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       if constexpr (kGroups > 1) __syncthreads();
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        if (!pairs.any(i)) continue;
+        if (kGroups > 1 && !pairs.any(i)) continue;  // in one block nothing is read for it
         float whole_sum[1][2];
         if constexpr (kGroups == 1)
           whole_sum[0][0] = sum[0][i], whole_sum[0][1] = sum[0][i + 2];

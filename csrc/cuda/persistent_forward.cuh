@@ -57,12 +57,6 @@ class ForwardPairs : public SeatPairs<kGroups> {
     }
   }
 
-  // Unlike SeatPairs::any also where one block does everything: what takes the time there is the special-function unit, and
-  // pairs without a row would take as much of it as the others.
-  __device__ __forceinline__ bool any(int i) const {
-    return kGroups == 1 ? i == 0 || seat_.first_row(i) < replica_.rows : Base::any(i);
-  }
-
   // Asks for what the step at `place` reads.
   __device__ __forceinline__ void ask(unsigned round, const Place& place, bool (&reset)[kPairs]) const {
     whole_ ? ask<true>(round, place) : ask<false>(round, place);
@@ -270,18 +264,21 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
       Pairs::Inputs::wait();
       typename Pairs::Saved saved[kPairs];
+      // Around both pairs: with a test for each the compiler has them wait for every exponential before the next.
+      if (seat.first_unit < replica.H) {
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (!pairs.any(i)) continue;
-        float whole_sums[G][2];
-        if constexpr (kGroups == 1) {
+        for (int i = 0; i < kPairs; ++i) {
+          if (!pairs.any(i)) continue;
+          float whole_sums[G][2];
+          if constexpr (kGroups == 1) {
 #pragma unroll
-          for (int g = 0; g < G; ++g) whole_sums[g][0] = sums[g][i], whole_sums[g][1] = sums[g][i + 2];
-        } else {
-          reduction.take(seat.pair(i), whole_sums);
+            for (int g = 0; g < G; ++g) whole_sums[g][0] = sums[g][i], whole_sums[g][1] = sums[g][i + 2];
+          } else {
+            reduction.take(seat.pair(i), whole_sums);
+          }
+          pairs.reset(i, reset[0][i], whole_sums);
+          pairs.step(i, order % Pairs::kAhead, places[0], whole_sums, saved[i]);
         }
-        pairs.reset(i, reset[0][i], whole_sums);
-        pairs.step(i, order % Pairs::kAhead, places[0], whole_sums, saved[i]);
       }
       if (order + 1 < last) {
 #pragma unroll
