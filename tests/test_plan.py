@@ -258,16 +258,17 @@ def test_the_floor_is_the_formula_s() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_block_takes_the_exponentials_of_all_its_units(cell: str) -> None:
-    """Of 128 units, though the layer has fewer; forward of four rows or of eight, backward of eight always."""
+def test_a_block_takes_the_exponentials_of_four_warps_or_of_eight(cell: str) -> None:
+    """Of 64 units or of 128, though the layer has fewer: four schedulers have a warp of 16 each, or two. And of four
+    rows or of eight."""
     gates = CELLS[cell]
-    for H, B in itertools.product((100, 128), (1, 4, 5, 8)):
+    for H, B in itertools.product((1, 64, 65, 100, 128), (1, 4, 5, 8)):
         found = plan("block", cell=cell, B=B, H=H)
         for prefix in PASSES:
-            numbers = 128 * 8  # that a warp multiplies, of a row's pieces and of eight rows
+            numbers = -(-H // 32) * 32 * 8  # that a warp multiplies, of a row's pieces and of eight rows
             read = 8 * numbers * 2 * (gates if prefix else 1) / 225
             product = max(2 * gates * 128 * numbers / 4340, read)
-            exponentials = special_ns(cell, 128, 4 if B <= 4 and not prefix else 8, bool(prefix))
+            exponentials = special_ns(cell, 64 if H <= 64 else 128, 4 if B <= 4 else 8, bool(prefix))
             assert found[prefix + "modelled_step_ns"] == round(product + 20 + exponentials + 80)
     by_cell = {other: plan("block", cell=other, B=8, H=128)["modelled_step_ns"] for other in CELLS}
     assert by_cell[cell] - by_cell["rnn_relu"] > special_ns(cell, 128, 8) - 1  # each is rounded
@@ -276,7 +277,9 @@ def test_a_block_takes_the_exponentials_of_all_its_units(cell: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "B", "H", "cells"),
     [
+        ("block", 8, 16, 16 * 4 * 8),  # one warp has all
         ("cluster", 1, 512, 16 * 4 * 4),  # two warps of eight have the four rows; four take no longer
+        ("cluster", 8, 16, 16 * 4 * 4),
         ("cluster", 8, 512, 16 * 4 * 4),
         ("cluster", 100, 512, 16 * 4 * 8),  # replicas of 16 rows, since eight blocks of 16 run at once
         ("grid", 1, 1024, 16 * 4 * 4),  # one warp has the four rows
@@ -300,7 +303,7 @@ def test_exact_products_take_the_instructions_that_they_need() -> None:
     for prefix, instructions in (("", 512 + 32 + 48), ("backward_", 512 + 64 + 60)):
         product = 2 * instructions / 1.98
         cost = {B: plan("block", B=B, H=64, dtype="fp32")[prefix + "modelled_step_ns"] for B in (1, 4, 5, 8)}
-        few, many = (special_ns("lstm", 128, 8 if prefix else rows, bool(prefix)) for rows in (4, 8))
+        few, many = (special_ns("lstm", 64, rows, bool(prefix)) for rows in (4, 8))
         assert cost[1] == cost[4] and cost[5] == cost[8]
         assert abs(cost[4] - product - few - 100) <= 1 and abs(cost[8] - 2 * product - many - 100) <= 1
 

@@ -132,18 +132,18 @@ double exponential_time(const CudaProblem& p, double cells) {
   return cells * exponentials * kSpecialsOfExponential / (kSchedulers * kSpecials * kGigahertz);
 }
 
-// Rows whose cells a warp computes at a time, of 16 units.
-constexpr int64_t kCellRows = 4;
+// Rows and units whose cells a warp computes at a time.
+constexpr int64_t kCellRows = 4, kCellUnits = 16;
 
-// Cells of a step that a block computes, if all its schedulers had as many as the busiest: they take the warps in turn.
-// Units that the layer lacks are computed; rows that the batch lacks are left out, but for the backward pass of one block
-// (`any` in persistent.cuh and persistent_forward.cuh).
+// Cells of a step that a block computes, if all its schedulers had as many as the busiest: they take the warps in turn,
+// first along the units. Those without a unit, or without a row (`any` in persistent.cuh), compute none.
 double cells_of_tile(const CudaProblem& p, const Tile& tile) {
-  const int64_t all = int64_t{8} * tile.columns;
-  const bool left_out = p.pass == Pass::forward || tile.k_groups > 1;
-  const int64_t fours = rounded_up(left_out ? std::min(p.B, all) : all, kCellRows) / kCellRows;
-  const int64_t of_warps = rounded_up(fours * (kTileWarps / tile.k_groups), kSchedulers);
-  return static_cast<double>(of_warps * kCellRows * tile_units(kTileWarps));
+  const int64_t fours = rounded_up(std::min(p.B, int64_t{8} * tile.columns), kCellRows) / kCellRows;
+  const int64_t units = std::min<int64_t>(p.H, tile_units(tile.k_groups));
+  const int64_t across = std::min(kTileWarps / tile.k_groups, kSchedulers), down = kSchedulers / across;
+  const int64_t busiest = rounded_up(rounded_up(units, kCellUnits) / kCellUnits, across) / across *
+                          (rounded_up(fours, down) / down);
+  return static_cast<double>(kSchedulers * busiest * kCellRows * kCellUnits);
 }
 
 }  // namespace
