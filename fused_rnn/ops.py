@@ -202,12 +202,12 @@ def _(cell, dh, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, *tensors):
     found = [output.new_empty(size) if needs >> k & 1 else None for k, size in enumerate(sizes)]
     adds = None
     if needs & ADDS:
-        # Without the rest of the pass: what is left are products of a changed factor with one that is as it was.
-        left = {0, 1, 2, 7, 10, 12, 15} | (
-            {3} if tensors[11] is not None or tensors[16] is not None else set()
-        )
-        left |= {6, 11} if tensors[8] is not None else set()  # v_input; above, v_w_ih of either direction
-        found = [t if k in left else None for k, t in enumerate(found)]
+        # Of the arguments' results only the products of a change with what stays as it is: the rest is in `adds`.
+        v_input, v_w_ih = tensors[8], (tensors[11], tensors[16])
+        of_direction = (v_input is not None, True, False, False, True)  # w_ih, w_hh, b_ih, b_hh, w_hr
+        of_input = any(v is not None for v in v_w_ih)
+        own = (True, True, True, of_input, False, False, *of_direction, *of_direction)
+        found = [t if is_own else None for t, is_own in zip(found, own, strict=True)]
         columns = adds_columns(CELLS[cell], w_hh.size(0) // CELLS[cell].gates, state)
         adds = output.new_empty((directions, dh.size(1) * columns), dtype=dh.dtype)
     return (*found, adds)

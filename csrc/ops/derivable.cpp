@@ -2,7 +2,6 @@
 // costs a third of one in Python.
 #include "derivable.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
@@ -24,11 +23,6 @@ constexpr int kVariables =
 enum { kBatchSizes = kVariables, kOutput, kSaved, kDh };
 // Keys of what is kept beside tensors.
 constexpr const char *kCell = "cell", *kMade = "made", *kIsLinked = "is_linked";
-
-template <class Signature>
-auto operator_of(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 template <class Found>
 variable_list as_list(const Found& found) {

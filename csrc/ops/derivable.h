@@ -1,6 +1,7 @@
 // The backward pass of a layer that is itself recorded (create_graph=True): its gradients, open to a further derivative.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <Python.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -29,8 +30,13 @@ struct RecordedPass {
 // By argument; undefined where not wanted.
 variable_list derivable_gradients(RecordedPass pass);
 
-// layer_backward by way of the dispatcher: tensors may be anything that a tensor can be, and modes may listen. Gradients
-// and arguments as in RecordedPass; of the latter the first ones are read.
+// By way of the dispatcher: tensors may be anything that a tensor can be, and modes may listen.
+template <class Signature>
+auto operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// layer_backward. Gradients and arguments as in RecordedPass; of the latter the first ones are read.
 Tensors14 call_layer_backward(const std::string& cell, const OptTensor& batch_sizes,
                               const variable_list& gradients, const variable_list& arguments,
                               const Tensor& output, const Tensor& saved, int64_t needs,

@@ -2,13 +2,12 @@
 // Function in C++ costs a third of one in Python. A backward pass that is itself recorded or transformed goes on in
 // derivable.cpp.
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 
 #include "at_once.h"
 #include "derivable.h"
@@ -40,9 +39,7 @@ bool read_once(const variable_list& gradients, const variable_list& saved) {
 
 Tensors7 call_cell_backward(const std::string& cell, const variable_list& g, const variable_list& t,
                             int64_t needs) {
-  static const auto call = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_rnn::cell_backward", "")
-                               .typed<decltype(cell_backward)>();
+  static const auto call = operator_of<decltype(cell_backward)>("fused_rnn::cell_backward");
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(t[0]), opt(t[1]), opt(t[2]), t[3], t[4], opt(t[5]),
                    opt(t[6]), t[kOutput], t[kSaved], needs);
