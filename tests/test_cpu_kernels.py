@@ -261,6 +261,32 @@ def test_plan_spreads_what_is_worth_it() -> None:
     assert plan(H=16, B=512)["row_groups"] == 2
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_share_the_rows_of_a_ragged_batch(cell: str, isa: str) -> None:
+    """Weights that fit every core's L2: each thread takes some of the longer sequences and some of the shorter ones."""
+    _C.set_isa(isa)
+    torch.set_num_threads(2)
+    T, I, H = 30, 5, 33
+    for B in (16, 19, 41):
+        assert plan(cell, T=T, B=B, I=I, H=H, dtype="fp64")["row_groups"] == 2
+        arguments = make_layer(cell, T, B, I, H, packed=True)
+        output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
+        expected = reference.layer(cell, *arguments)
+        torch.testing.assert_close([output, hn], list(expected[:2]), rtol=1e-11, atol=1e-11)
+        gradients = [
+            torch.randn_like(output),
+            torch.randn_like(hn),
+            torch.randn_like(cn) if cell == "lstm" else None,
+        ]
+        *found, _ = ops.layer_backward(cell, *gradients, *arguments, output, saved, wanted_bits(arguments))
+        wanted = gradients_by_reference(cell, arguments, gradients)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8, 64])
 @pytest.mark.parametrize("directions", [1, 2])
 def test_plan_never_takes_more_threads_than_there_are(threads: int, directions: int) -> None:

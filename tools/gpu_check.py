@@ -125,8 +125,8 @@ def parts(out: Path, sanitizer: str | None, commit: str) -> list[Part]:
         return found
 
     def sanitized(_: float) -> dict[str, Command]:
-        # Only our kernels are watched. Every instance listens on ports of its own. It would wait ten seconds for
-        # the GPU to be used, and three imports of torch at once may take longer.
+        # Only our kernels are watched. Every instance listens on ports of its own, and gives up if the
+        # GPU is not used for too long: three imports of torch at once take their time.
         options = ["--kernel-name", "kns=frnn", "--error-exitcode", "9", "--report-api-errors", "no"]
         options += ["--launch-timeout", "60"]
         small = [*pytest, "-m", "cuda", "tests/test_cuda_small.py"]
