@@ -32,7 +32,7 @@ ROWS = (1, 7, 8, 9, 16, 17, 33)  # without tiles; one row of tiles, whole and no
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    kernels = ["kernels_amx", "kernels_amx_float", "plan", "scratch", "team"]
+    kernels = ["kernels_amx", "kernels_amx_float", "kept_panels", "plan", "scratch", "team"]
     return build_kernels(tmp_path_factory.mktemp("amx"), "layers", kernels)
 
 

@@ -24,7 +24,7 @@ ROWS = (1, 7, 16, 17, 33, 70, 150)  # one row of tiles, whole and not; two; seve
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    kernels = ["kernels_amx_backward", "kernels_amx_backward_bf16", "plan", "scratch", "team"]
+    kernels = ["kernels_amx_backward", "kernels_amx_backward_bf16", "kept_panels", "plan", "scratch", "team"]
     return build_kernels(tmp_path_factory.mktemp("amx"), "backward", kernels)
 
 

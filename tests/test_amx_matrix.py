@@ -37,7 +37,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     emulated = request.param == "emulated"
     if not emulated and "amx" not in _C.isas():
         pytest.skip("this CPU has no AMX")
-    kernels = ["kernels_amx_matrix", "scratch", "team"]
+    kernels = ["kernels_amx_matrix", "kept_panels", "scratch", "team"]
     return build_kernels(tmp_path_factory.mktemp("amx"), "products", kernels, emulated)
 
 

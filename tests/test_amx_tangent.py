@@ -25,7 +25,7 @@ CHANGES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    kernels = ["kernels_amx_float", "plan", "scratch", "team"]
+    kernels = ["kernels_amx_float", "kept_panels", "plan", "scratch", "team"]
     return build_kernels(tmp_path_factory.mktemp("amx"), "tangent", kernels)
 
 

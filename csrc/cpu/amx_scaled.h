@@ -37,8 +37,8 @@ class ScaledSplitWeights : public SplitWeights<kGates, kVectors> {
   using Base = SplitWeights<kGates, kVectors>;
 
  public:
-  ScaledSplitWeights(const float* weights, int64_t units, int64_t K, int parts)
-      : Base(weights, units, K, parts), scales_(Base::panels()) {}
+  ScaledSplitWeights(const float* weights, int64_t units, int64_t K, int parts, bool /*kept*/)
+      : Base(weights, units, K, parts, false), scales_(Base::panels()) {}
 
   void pack(int64_t panel) const {
     scales_.get()[panel] = pack_to_scale([&](float scale) { return Base::split(panel, scale); });

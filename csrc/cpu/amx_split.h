@@ -235,19 +235,23 @@ class SplitWeights {
  public:
   static constexpr int kUnits = kVectors * 16, kLanes = kGates * kVectors;
 
-  SplitWeights(const float* weights, int64_t units, int64_t K, int parts)
-      : weights_(weights), units_(units), K_(K), parts_(parts), panels_(panels() * panel_size()),
-        splits_(panels()) {}
+  SplitWeights(const float* weights, int64_t units, int64_t K, int parts, bool kept)
+      : weights_(weights), units_(units), K_(K), parts_(parts),
+        panels_({weights, &kLayout, units, K, parts}, panels(), panel_size(), kept) {}
 
   int64_t panels() const { return divide_up(units_, kUnits); }
 
-  void pack(int64_t panel) const { splits_.get()[panel] = split(panel, 1.0f).splits(); }
+  void pack(int64_t panel) const {
+    panels_.renew(
+        panel, [&] { return digest_of_units<kGates>(weights_, units_, K_, panel * kUnits, kUnits); },
+        [&](BFloat16*) { return split(panel, 1.0f).splits(); });
+  }
 
   // As GateWeights.
   template <class Pause = NoPause>
   void multiply(const SplitRows& a, int rows, int64_t panel, float* acc, bool add = false,
                 Pause&& pause = NoPause()) const {
-    if (a.splits() && splits_.get()[panel])
+    if (a.splits() && panels_.note(panel))
       multiply_parts(a.tiles(), rows, panel, acc, add, pause);
     else
       multiply_floats(a.rows(), rows, panel, acc, add);
@@ -263,7 +267,7 @@ class SplitWeights {
     const int64_t pair_size = divide_up(K_, kAmxDepth) * parts_ * 2 * kAmxTile;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int lanes = lane / 2 * 2 + 1 < kLanes ? 2 : 1;  // of its pair
-      BFloat16* to = packed(panel) + lane / 2 * pair_size + lane % 2 * kAmxTile;
+      BFloat16* to = panels_.at(panel) + lane / 2 * pair_size + lane % 2 * kAmxTile;
       const float* of_gate = weights_ + lane / kVectors * units_ * K_;
       for (int64_t k = 0; k < K_; k += kAmxDepth) {
         Vec<float> square[kMostParts][16];  // a pair of k where a float would be
@@ -290,7 +294,7 @@ class SplitWeights {
 
   template <class Pause>
   void multiply_parts(const BFloat16* a, int rows, int64_t panel, float* acc, bool add, Pause&& pause) const {
-    split_product<kLanes>(a, rows, K_, packed(panel), parts_, acc, add, pause);
+    split_product<kLanes>(a, rows, K_, panels_.at(panel), parts_, acc, add, pause);
   }
   void multiply_floats(const float* const* a, int rows, int64_t panel, float* acc, bool add) const {
     for (int r = 0; r < rows; r += kMaxTileRows)
@@ -301,13 +305,12 @@ class SplitWeights {
 
  private:
   int64_t panel_size() const { return divide_up(K_, kAmxDepth) * parts_ * kLanes * kAmxTile; }
-  BFloat16* packed(int64_t panel) const { return panels_.get() + panel * panel_size(); }
+  static constexpr char kLayout = 0;  // its address
 
   const float* weights_;
   int64_t units_, K_;
   int parts_;
-  Buffer<BFloat16> panels_;
-  Buffer<bool> splits_;  // of a panel
+  Panels<BFloat16> panels_;  // noted of each: whether it splits
 };
 
 // As PlainProducts, by parts. Absent weights have no panels.
@@ -324,8 +327,8 @@ struct ProductsInParts {
 
   static constexpr int tile_rows(int /*lanes*/) { return 2 * kAmxRows; }
   template <int kGates, int kVectors>
-  Weights<kGates, kVectors> weights(const float* weights, int64_t units, int64_t K, bool /*direct*/) const {
-    return {weights, weights ? units : 0, K, parts};
+  Weights<kGates, kVectors> weights(const float* weights, int64_t units, int64_t K, Packing packing) const {
+    return {weights, weights ? units : 0, K, parts, packing == Packing::kept};
   }
   int64_t operand_size(int64_t K) const { return SplitRows::size(K, parts); }
   Operand operand(BFloat16* memory, const float* const* rows, int count, int64_t K) const {

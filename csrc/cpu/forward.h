@@ -59,10 +59,12 @@ class ForwardDirectionScan {
                        Input input = Input(), Recurrent recurrent = Recurrent())
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
         input_products_(input), recurrent_products_(recurrent),
-        input_(input.template weights<kGates, kVectors>(d.w_ih, H_, shape.I, plan.direct)),
-        recurrent_(recurrent.template weights<kGates, kVectors>(d.w_hh, H_, Hr_, plan.direct)),
+        // Weights that are trained change before they come again.
+        packing_(packing_of(plan, /*again=*/!d.saved)),
+        input_(input.template weights<kGates, kVectors>(d.w_ih, H_, shape.I, packing_)),
+        recurrent_(recurrent.template weights<kGates, kVectors>(d.w_hh, H_, Hr_, packing_)),
         // Fewer outputs than a vector has places would leave most of a packed panel empty.
-        projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
+        projection_(d.w_hr, shape.P, H_, shape.P <= kSize ? Packing::none : packing_),
         hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
     memset(zeros_.get(), 0, Hr_ * sizeof(S));
   }
@@ -238,6 +240,7 @@ class ForwardDirectionScan {
   const Scan scan_;
   const Input input_products_;
   const Recurrent recurrent_products_;
+  const Packing packing_;
   typename Input::template Weights<kGates, kVectors> input_;
   typename Recurrent::template Weights<kGates, kVectors> recurrent_;
   GateWeights<S, 1, kProjVectors> projection_;

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../args.h"
+#include "kept_panels.h"
 #include "kernels.h"
 #include "plan.h"
 #include "scratch.h"

@@ -82,7 +82,7 @@ struct LaneProducts {
 
   static constexpr int tile_rows(int /*lanes*/) { return kRowLanes; }
   template <int kGates, int kVectors>
-  static Weights<kGates, kVectors> weights(const T* weights, int64_t units, int64_t K, bool /*direct*/) {
+  static Weights<kGates, kVectors> weights(const T* weights, int64_t units, int64_t K, Packing) {
     return {weights, units, K};
   }
   static int64_t operand_size(int64_t K) { return K * kRowLanes; }

@@ -71,13 +71,13 @@ class TangentDirectionScan {
   TangentDirectionScan(const Shape& shape, const TangentDirection<T>& d, const CpuPlan& plan,
                        Ahead ahead = Ahead(), Recurrent recurrent = Recurrent())
       : shape_(shape), d_(d), plan_(plan), H_(shape.H), Hr_(shape.Hr()), scan_{shape, d.reverse},
-        ahead_(ahead), recurrent_products_(recurrent),
-        recurrent_(recurrent.template weights<kGates, kVectors>(d.w_hh, H_, Hr_, plan.direct)),
-        recurrent_tangent_(ahead.template weights<kGates, kVectors>(d.w_hh_tangent, H_, Hr_, plan.direct)),
-        input_(ahead.template weights<kGates, kVectors>(d.x_tangent ? d.w_ih : nullptr, H_, shape.I,
-                                                        plan.direct)),
-        input_tangent_(ahead.template weights<kGates, kVectors>(d.w_ih_tangent, H_, shape.I, plan.direct)),
-        projection_(d.w_hr, shape.P, H_, plan.direct || shape.P <= kSize),
+        ahead_(ahead), recurrent_products_(recurrent), packing_(packing_of(plan, false)),
+        recurrent_(recurrent.template weights<kGates, kVectors>(d.w_hh, H_, Hr_, packing_)),
+        recurrent_tangent_(ahead.template weights<kGates, kVectors>(d.w_hh_tangent, H_, Hr_, packing_)),
+        input_(
+            ahead.template weights<kGates, kVectors>(d.x_tangent ? d.w_ih : nullptr, H_, shape.I, packing_)),
+        input_tangent_(ahead.template weights<kGates, kVectors>(d.w_ih_tangent, H_, shape.I, packing_)),
+        projection_(d.w_hr, shape.P, H_, shape.P <= kSize ? Packing::none : packing_),
         hidden_(shape.P ? shape.B * H_ : 0), zeros_(Hr_) {
     memset(zeros_.get(), 0, Hr_ * sizeof(T));
   }
@@ -261,6 +261,7 @@ class TangentDirectionScan {
   const Scan scan_;
   const Ahead ahead_;
   const Recurrent recurrent_products_;
+  const Packing packing_;
   const typename Recurrent::template Weights<kGates, kVectors> recurrent_;
   const Weights recurrent_tangent_, input_, input_tangent_;
   GateWeights<T, 1, kProjVectors> projection_;

@@ -1,8 +1,7 @@
 // A weight matrix as the products of one scan see it: in panels of units, packed or as it lies.
 #pragma once
 
-#include "schedule.h"
-#include "scratch.h"
+#include "panels.h"
 
 namespace frnn {
 inline namespace FRNN_ISA {
@@ -24,6 +23,20 @@ class Buffer {
   ScratchBlock block_;
 };
 
+// `again`: whether the same weights are likely to come in another call.
+FRNN_HD Packing packing_of(const CpuPlan& plan, bool again) {
+  return plan.direct ? Packing::none : again && kDigestPays ? Packing::kept : Packing::once;
+}
+
+// Of the numbers that a panel is packed from: of each gate those of `count` units from `first` on.
+template <int kGates, class T>
+uint64_t digest_of_units(const T* weights, int64_t units, int64_t K, int64_t first, int64_t count) {
+  Digest digest;
+  const int64_t bytes = smallest(count, units - first) * K * static_cast<int64_t>(sizeof(T));
+  for (int g = 0; g < kGates; ++g) digest.add(weights + (g * units + first) * K, bytes);
+  return digest.value();
+}
+
 // [kGates * units, K], multiplied by rows of length K: a value for each gate of each unit. Torch's weight_hh.
 template <class T, int kGates, int kVectors>
 class GateWeights {
@@ -31,13 +44,20 @@ class GateWeights {
   static constexpr int kUnits = kVectors * Vec<Accumulate<T>>::kSize;  // of a panel
   static constexpr int kLanes = kGates * kVectors;
 
-  GateWeights(const T* weights, int64_t units, int64_t K, bool direct)
-      : weights_(weights), units_(units), K_(K), direct_(direct),
-        panels_(direct || !weights ? 0 : panels() * panel_size()) {}
+  GateWeights(const T* weights, int64_t units, int64_t K, Packing packing)
+      : weights_(weights), units_(units), K_(K), direct_(packing == Packing::none),
+        panels_({weights, &kLayout, units, K, 1}, direct_ || !weights ? 0 : panels(), panel_size(),
+                packing == Packing::kept) {}
 
   int64_t panels() const { return divide_up(units_, kUnits); }
   void pack(int64_t panel) const {
-    if (!direct_) pack_rows<kGates, kVectors>(weights_, units_, K_, panel * kUnits, packed(panel));
+    if (direct_) return;
+    panels_.renew(
+        panel, [&] { return digest_of_units<kGates>(weights_, units_, K_, panel * kUnits, kUnits); },
+        [&](T* to) {
+          pack_rows<kGates, kVectors>(weights_, units_, K_, panel * kUnits, to);
+          return true;
+        });
   }
   // acc[row][gate][unit of the panel]; `add`: to what is there. pause(): called up to pauses() times on the way.
   template <class Pause = NoPause>
@@ -48,19 +68,19 @@ class GateWeights {
         direct_product<T, kGates, kVectors>(a + r, rows - r < kMaxTileRows ? rows - r : kMaxTileRows, K_,
                                             weights_, units_, panel * kUnits, acc + r * kGates * kUnits, add);
     else
-      PackedProduct<T>::template multiply<kLanes>(a, rows, K_, packed(panel), kUnits * kGates * kDepth<T>,
+      PackedProduct<T>::template multiply<kLanes>(a, rows, K_, panels_.at(panel), kUnits * kGates * kDepth<T>,
                                                   acc, add, pause);
   }
   int64_t pauses() const { return PackedProduct<T>::pauses(kLanes, K_); }
 
  private:
   int64_t panel_size() const { return divide_up(K_, kPanelDepth<T>) * kPanelDepth<T> * kUnits * kGates; }
-  T* packed(int64_t panel) const { return panels_.get() + panel * panel_size(); }
+  static constexpr char kLayout = 0;  // its address
 
   const T* weights_;
   int64_t units_, K_;
   bool direct_;
-  Buffer<T> panels_;
+  Panels<T> panels_;
 };
 
 // How a scan multiplies rows by GateWeights. An operand is what a product takes of a tile's rows; this way it is the rows
@@ -76,8 +96,8 @@ struct PlainProducts {
 
   static constexpr int tile_rows(int lanes) { return PackedProduct<S>::tile_rows(lanes); }
   template <int kGates, int kVectors>
-  static Weights<kGates, kVectors> weights(const S* weights, int64_t units, int64_t K, bool direct) {
-    return {weights, units, K, direct};
+  static Weights<kGates, kVectors> weights(const S* weights, int64_t units, int64_t K, Packing packing) {
+    return {weights, units, K, packing};
   }
   static int64_t operand_size(int64_t /*K*/) { return 0; }
   static Operand operand(Part*, const S* const* rows, int /*count*/, int64_t /*K*/) { return rows; }
