@@ -25,15 +25,16 @@ struct Shape {
 // 16-bit types.
 template <class T>
 struct ForwardDirection {
-  bool reverse;   // scan from the last step to the first
-  const T* x;     // [N, I]
-  const T* w_ih;  // [G*H, I]
-  const T* b_ih;  // [G*H] or null
-  const T* w_hh;  // [G*H, Hr]
-  const T* b_hh;  // [G*H] or null
-  const T* w_hr;  // [P, H] or null
-  const T* h0;    // [B, Hr] or null: zero
-  T* output;      // [N, Hr], row stride output_stride
+  bool reverse;       // scan from the last step to the first
+  const T* x;         // [N, I]
+  const T* w_ih;      // [G*H, I]
+  const T* b_ih;      // [G*H] or null
+  const T* w_hh;      // [G*H, Hr]
+  const T* b_hh;      // [G*H] or null
+  const T* w_hr;      // [P, H] or null
+  const T* h0;        // [B, Hr] or null: zero
+  const bool* reset;  // [N] or null; where set, the row's state is zero before this step
+  T* output;          // [N, Hr], row stride output_stride
   int64_t output_stride;
   T* hn;                 // [B, Hr] or null: not wanted
   Accumulate<T>* c;      // [B, H], holds c_0, becomes c_n; null for cells without a cell state
@@ -44,11 +45,12 @@ struct ForwardDirection {
 template <class T>
 struct BackwardDirection {
   bool reverse;
-  const T* w_hh;    // [G*H, Hr]
-  const T* w_hr;    // [P, H] or null
-  const T* h0;      // [B, Hr] or null: zero
-  const T* c0;      // [B, H] or null: zero
-  const T* output;  // [N, Hr], row stride output_stride
+  const T* w_hh;      // [G*H, Hr]
+  const T* w_hr;      // [P, H] or null
+  const T* h0;        // [B, Hr] or null: zero
+  const T* c0;        // [B, H] or null: zero
+  const bool* reset;  // [N] or null, as in the forward pass
+  const T* output;    // [N, Hr], row stride output_stride
   int64_t output_stride;
   const Accumulate<T>* saved;  // [N, kSaved*H]
   const T* grad_output;        // [N, Hr], row stride grad_output_stride, or null: zero

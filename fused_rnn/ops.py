@@ -125,7 +125,7 @@ def _batch(output: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor |
 
 @torch.library.register_fake("fused_rnn::layer_forward")
 def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse,
-      b_hh_reverse, w_hr_reverse, save):  # fmt: skip
+      b_hh_reverse, w_hr_reverse, save, reset=None):  # fmt: skip
     traits = CELLS[cell]
     directions = 1 if w_ih_reverse is None else 2
     hidden = w_hh.size(0) // traits.gates
@@ -142,7 +142,8 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
 
 @torch.library.register_fake("fused_rnn::layer_backward")
 def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
-      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, adds=None):  # fmt: skip
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, adds=None,
+      reset=None):  # fmt: skip
     directions = 1 if w_ih_reverse is None else 2
     hidden = w_hh.size(0) // CELLS[cell].gates
     sizes = [
@@ -173,7 +174,7 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
 
 @torch.library.register_fake("fused_rnn::layer_gate_gradients")
 def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
-      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved):  # fmt: skip
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, reset=None):  # fmt: skip
     directions, rows, _ = saved.shape
     traits = CELLS[cell]
     hidden = w_hh.size(0) // traits.gates
@@ -267,7 +268,7 @@ def _first_rows(output: Tensor, batch_sizes: Tensor | None, states: Sequence[Ten
 
 @register_flop_formula(_ops.layer_forward, get_raw=True)
 def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse,
-      b_hh_reverse, w_hr_reverse, save, out_val=None) -> int:  # fmt: skip
+      b_hh_reverse, w_hr_reverse, save, reset=None, out_val=None) -> int:  # fmt: skip
     rows = input.shape[:-1].numel()
     return _products_forward(rows, (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse))
 
@@ -275,7 +276,7 @@ def _(cell, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_rever
 @register_flop_formula(_ops.layer_backward, get_raw=True)
 def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
       w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, needs, adds=None,
-      out_val=None) -> int:  # fmt: skip
+      reset=None, out_val=None) -> int:  # fmt: skip
     rows, first_rows = output.shape[:-1].numel(), _first_rows(output, batch_sizes, (h0, c0, grad_hn, grad_cn))
     flops = _products_backward(rows, first_rows, w_ih, w_hh, w_hr, needs, needs >> 3)
     if w_ih_reverse is not None:
@@ -286,7 +287,8 @@ def _(cell, grad_output, grad_hn, grad_cn, input, batch_sizes, h0, c0, w_ih, w_h
 
 @register_flop_formula(_ops.layer_gate_gradients, get_raw=True)
 def _(cell, grad_output, grad_hn, grad_cn, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse,
-      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, out_val=None) -> int:  # fmt: skip
+      w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, output, saved, reset=None,
+      out_val=None) -> int:  # fmt: skip
     return _products_forward(output.shape[:-1].numel(), (w_hh, w_hr, w_hh_reverse, w_hr_reverse))
 
 

@@ -68,6 +68,7 @@ def _scan(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     reverse: bool,
+    kept: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """One direction over the input sides of all steps; rows of a step: longest sequence first."""
     step = STEPS[cell]
@@ -75,11 +76,14 @@ def _scan(
     h, c = h0[:first_rows], None if c0 is None else c0[:first_rows]
     outputs: list[Tensor] = []
     ended: list[State] = []  # states of the sequences that ended, shortest first
-    for gates_x in reversed(steps) if reverse else steps:
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        gates_x = steps[t]
         rows = gates_x.size(0)
         if rows < h.size(0):
             ended.append((h[rows:], None if c is None else c[rows:]))
         h, c = _rows_for(h, h0, rows), _rows_for(c, c0, rows)
+        if kept is not None:
+            h, c = h.where(kept[t], 0), None if c is None else c.where(kept[t], 0)
         h, c = step(gates_x, h, c, w_hh, b_hh)
         if w_hr is not None:
             h = F.linear(h, w_hr)
@@ -98,6 +102,7 @@ def layer(
     h0: Tensor | None,
     c0: Tensor | None,
     *weights: Tensor | None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, one or two directions; shapes as in ``csrc/ops/library.cpp``.
 
@@ -107,6 +112,7 @@ def layer(
         h0: (D, B, Hr); None means zero.
         c0: (D, B, H); None means zero, and is all that cells other than the LSTM take.
         weights: w_ih, w_hh, b_ih, b_hh, w_hr of the first direction, then of the second (None: no such).
+        reset: bool (N,), the rows of all steps; where True, the row's state is zero before that step.
 
     Returns:
         output (T, B, D*Hr) or (N, D*Hr), hn like h0, and cn like c0, or None but for the LSTM.
@@ -124,7 +130,8 @@ def layer(
             c = input.new_zeros(batch, w_hh.size(0) // 4) if c0 is None else c0[d]
         gates_x = F.linear(input, w_ih, b_ih)
         steps = gates_x.unbind(0) if sizes is None else gates_x.split(sizes)
-        rows, h, c = _scan(cell, steps, h, c, w_hh, b_hh, w_hr, reverse=d == 1)
+        kept = None if reset is None else (~reset).unsqueeze(1).split([step.size(0) for step in steps])
+        rows, h, c = _scan(cell, steps, h, c, w_hh, b_hh, w_hr, d == 1, kept)
         outputs.append(torch.stack(rows) if sizes is None else torch.cat(rows))
         last_h.append(h)
         last_c.append(c)

@@ -51,7 +51,7 @@ def load() -> SimpleNamespace:
     runtime.frnn_emulation_break.argtypes = [ctypes.c_bool, ctypes.c_bool]
     runtime.frnn_emulation_set_capturing.argtypes = [ctypes.c_bool]
     registered = torch.ops.fused_rnn_emulated
-    operators = {name: getattr(registered, name).default for name in (*OPERATORS, "layer_with_reset")}
+    operators = {name: getattr(registered, name).default for name in OPERATORS}
     return SimpleNamespace(operators=SimpleNamespace(**operators), runtime=runtime)
 
 

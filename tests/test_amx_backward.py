@@ -11,6 +11,7 @@ import pytest
 import torch
 from parity import LAYERS, assert_parity
 from test_ops import CELLS, make_layer
+from test_reset import mask_for
 from tiles import assert_float_law, build_kernels, on_hardware
 from torch import Tensor
 
@@ -34,8 +35,10 @@ class Case:
     def __init__(self, cell: str, T: int, B: int, H: int, dtype: torch.dtype, **form) -> None:
         self.cell = cell
         self.through = form.pop("through", ("output", "hn", "cn"))
+        resets = form.pop("resets", False)
         arguments = make_layer(cell, T, B, 3, H, dtype=dtype, **form)
-        output, hn, cn, saved = ops.layer_forward(cell, *arguments, True)
+        self.reset = mask_for(arguments) if resets else None
+        output, hn, cn, saved = ops.layer_forward(cell, *arguments, True, self.reset)
         given = {"output": output, "hn": hn, "cn": cn if cell == "lstm" else None}
         self.gradients = [
             torch.randn_like(t) if t is not None and name in self.through else None
@@ -64,7 +67,15 @@ def by_operator(case: Case, isa: str | None = None, parts: int = 3) -> dict[str,
     torch.set_float32_matmul_precision("highest" if parts == 3 else "high")
     try:
         dgates, _, dh0, dc0 = ops.layer_gate_gradients(
-            case.cell, *case.gradients, case.sizes, case.h0, case.c0, *case.weights, case.output, case.saved
+            case.cell,
+            *case.gradients,
+            case.sizes,
+            case.h0,
+            case.c0,
+            *case.weights,
+            case.output,
+            case.saved,
+            case.reset,
         )
     finally:
         torch.set_float32_matmul_precision(kept)
@@ -76,7 +87,7 @@ class Tensors(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("h0", "c0", "output", "saved", "grad_output", "grad_hn", "dgates", "dh"),
-            *("carry", "dh0", "w_hh", "w_hh_reverse", "adds_carry", "adds_previous"),
+            *("carry", "dh0", "w_hh", "w_hh_reverse", "adds_carry", "adds_previous", "reset"),
         )
     ]
 
@@ -103,7 +114,9 @@ def emulated(
         carry = grad_cn.float().clone()
     dh = output.new_empty(D, N, H)
     tensors = (case.h0, case.c0, output, case.saved, grad_output, grad_hn, dgates, dh, carry, dh0)
-    pointers = [None if t is None else t.data_ptr() for t in (*tensors, w_hh, w_hh_reverse, *adds[1:])]
+    pointers = [
+        None if t is None else t.data_ptr() for t in (*tensors, w_hh, w_hh_reverse, *adds[1:], case.reset)
+    ]
     left = function(
         case.cell.encode(),
         (ctypes.c_int64 * 5)(T, B, H, D, N),
@@ -132,6 +145,8 @@ def amx_float(request: pytest.FixtureRequest) -> Scan:
         (4, 70, 256, 3, {"states": False}),
         (3, 150, 260, 1, {"packed": True, "states": False}),
         (6, 40, 288, 2, {"packed": True, "directions": 2, "through": ("hn",)}),
+        (6, 40, 256, 1, {"resets": True}),
+        (5, 70, 260, 2, {"resets": True, "packed": True, "directions": 2}),
     ],
 )
 def test_float_keeps_the_law(

@@ -13,8 +13,8 @@ import emulated
 import pytest
 import torch
 from emulated import a_gpu, forced
-from test_cuda_step import reset_layer
 from test_ops import CELLS, gradients_by_reference, make_layer, wanted_bits
+from test_reset import mask_for, reset_by_operators, reset_by_reference
 from torch import Tensor
 
 import fused_rnn
@@ -226,31 +226,16 @@ def test_a_backward_pass_follows_any_forward_pass(cell: str, tier: str, other: s
 @pytest.mark.parametrize("packed", [False, True])
 @cells
 def test_reset_mask(cell: str, packed: bool, tier: str) -> None:
-    dtype, H = torch.float16, 20
-    arguments = make_layer(cell, 6, 5, 4, H, directions=2, packed=packed, dtype=dtype)
-    weights = arguments[4:8] + arguments[9:13]
-    rows = arguments[0].numel() // 4
-    reset = torch.rand(rows) < 0.4
-    assert 0 < reset.sum() < rows
+    arguments = make_layer(cell, 6, 5, 4, 20, directions=2, packed=packed, dtype=torch.float16)
+    reset = mask_for(arguments)
+    wanted = [w for w in reset_by_reference(cell, exact(arguments), reset) if w is not None]
 
-    def call() -> Values:
-        states = [None if a is None else a.clone() for a in arguments[:4]]
-        output, hn, cn, dgates, previous, dh0, dc0 = emulated.load().operators.layer_with_reset(
-            cell, *states, [w.clone() for w in weights], reset.clone()
-        )
-        gates = ops.CELLS[cell].gates
-        w_hh = [dgates[d][:, : gates * H].double().t() @ previous[d].double() for d in range(2)]
-        return [output, hn, *w_hh, dh0, *([cn, dc0] if cell == "lstm" else [])]
+    def call(strategy: str) -> list[float]:
+        with forced(strategy):
+            found = [f for f in reset_by_operators(cell, arguments, reset) if f is not None]
+        return errors(found, wanted)
 
-    leaves = [a if a is None or k == 1 else a.double().requires_grad_() for k, a in enumerate(arguments)]
-    output, hn, cn = reset_layer(cell, leaves, reset)
-    (output.sum() + hn.sum() + cn.sum()).backward()
-    wanted = [output.detach(), hn.detach(), leaves[5].grad, leaves[10].grad, leaves[2].grad]
-    wanted += [cn.detach(), leaves[3].grad] if cell == "lstm" else []
-    with forced("step"):
-        theirs = errors(call(), wanted)
-    with forced(tier):
-        as_good_as_steps(errors(call(), wanted), theirs, EPS[dtype])
+    as_good_as_steps(call(tier), call("step"), EPS[torch.float16])
 
 
 @tiers

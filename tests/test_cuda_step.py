@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulated import forced
 from test_ops import CELLS, gradients_by_reference, make_layer, wanted_bits
+from test_reset import assert_reset
 from torch import Tensor
 
 import fused_rnn
@@ -142,61 +143,13 @@ def test_input_in_chunks() -> None:
     torch.testing.assert_close((output, hn), expected[:2], rtol=1e-9, atol=1e-9)
 
 
-def reset_layer(cell: str, arguments: list[Tensor | None], reset: Tensor) -> tuple[Tensor, ...]:
-    """`reference.layer` with the state set to zero before the rows and steps where `reset` says so."""
-    input, sizes, h0, c0, *weights = arguments
-    counts = [input.size(1)] * input.size(0) if sizes is None else sizes.tolist()
-    rows = input.reshape(-1, input.size(-1)).split(counts)
-    keep = (~reset).double().split(counts)
-    outputs, last_h, last_c = [], [], []
-    for d in range(2):
-        w_ih, w_hh, b_ih, b_hh, _ = weights[5 * d : 5 * d + 5]
-        h, c = h0[d], None if c0 is None else c0[d]
-        found: list[Tensor] = []
-        for t in range(len(counts))[:: 1 - 2 * d]:
-            n = counts[t]
-            mask = keep[t].unsqueeze(1)
-            step_c = None if c is None else c[:n] * mask
-            new_h, new_c = reference.cell_step(cell, rows[t], h[:n] * mask, step_c, w_ih, w_hh, b_ih, b_hh)
-            h = torch.cat([new_h, h[n:]])
-            c = None if c is None else torch.cat([new_c, c[n:]])
-            found.append(new_h)
-        outputs.append(torch.cat(found[:: 1 - 2 * d]))
-        last_h.append(h)
-        last_c.append(c)
-    cn = torch.stack(last_c) if c0 is not None else input.new_zeros(0)
-    return torch.cat(outputs, -1), torch.stack(last_h), cn
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_mask(cell: str, packed: bool, strategy: str) -> None:
-    T, B, I, H = 6, 5, 4, 8
-    arguments = make_layer(cell, T, B, I, H, directions=2, packed=packed)
-    weights = arguments[4:8] + arguments[9:13]
-    rows = arguments[0].numel() // I
-    reset = torch.rand(rows) < 0.4
-    assert 0 < reset.sum() < rows
+    arguments = make_layer(cell, 6, 5, 4, 8, directions=2, packed=packed)
     with forced(strategy):
-        output, hn, cn, dgates, previous, dh0, dc0 = emulated.load().operators.layer_with_reset(
-            cell,
-            *(None if a is None else a.clone() for a in arguments[:4]),
-            [w.clone() for w in weights],
-            reset.clone(),
-        )
-    leaves = [a if a is None or k == 1 else a.clone().requires_grad_() for k, a in enumerate(arguments)]
-    expected = reset_layer(cell, leaves, reset)
-    tight = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close((output, hn, cn), tuple(e.detach() for e in expected), **tight)
-    sum(e.sum() for e in expected).backward()
-    torch.testing.assert_close(dh0, leaves[2].grad, **tight)
-    if cell == "lstm":
-        torch.testing.assert_close(dc0, leaves[3].grad, **tight)
-    gates = ops.CELLS[cell].gates
-    for d in range(2):
-        w_hh = leaves[5 + 5 * d]
-        torch.testing.assert_close(dgates[d][:, : gates * H].t() @ previous[d], w_hh.grad, **tight)
+        assert_reset(cell, arguments)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

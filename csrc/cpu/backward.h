@@ -24,6 +24,8 @@ class BackwardUnits {
         scan_{shape, d.reverse} {}
 
   const S* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }
+  // Whether the row's step met a state of zero: then nothing flows back from it.
+  FRNN_HD bool starts_anew(int64_t row) const { return d_.reset && d_.reset[row]; }
 
   // f(row, first unit, how many, values) for the vectors of a tile's sums, acc[row][vector], of `units` units in all.
   template <class F>
@@ -83,25 +85,25 @@ class BackwardUnits {
     V saved[Cell::kSaved + 1], output(T(0)), h_prev(T(0)), c_prev(T(0)), carry(T(0)), grads[Cell::kGateGrads];
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(d_.saved + (row * Cell::kSaved + k) * H_ + u, n);
     if constexpr (Cell::kGradReadsOutput) output = load(d_.output + row * d_.output_stride + u, n);
-    const bool continued = b < scan_.continued(s);
+    const bool anew = starts_anew(row), continued = !anew && b < scan_.continued(s);
     const int64_t row_prev = continued ? scan_.offset(s - 1) + b : 0;
     if constexpr (Cell::kReadsPreviousHidden) {
       if (continued)
         h_prev = load(d_.output + row_prev * d_.output_stride + u, n);
-      else if (d_.h0)
+      else if (d_.h0 && !anew)
         h_prev = load(d_.h0 + b * Hr_ + u, n);
     }
     if constexpr (Cell::kHasCellState) {
       if (continued)
         c_prev = load(d_.saved + (row_prev * Cell::kSaved + Cell::kSavedCell) * H_ + u, n);
-      else if (d_.c0)
+      else if (d_.c0 && !anew)
         c_prev = load(d_.c0 + b * H_ + u, n);
     }
     if constexpr (Cell::kHasCarry) carry = load(d_.carry + b * H_ + u, n);
     Cell::step_grad(saved, output, h_prev, c_prev, dh, carry, grads);
     if constexpr (Cell::kHasCarry) {
       if (d_.adds_carry) carry = carry + load(d_.adds_carry + row * H_ + u, n);
-      store(d_.carry + b * H_ + u, carry, n);
+      store(d_.carry + b * H_ + u, anew ? V(T(0)) : carry, n);
     }
     if (d_.adds_gates)
       for (int g = 0; g < Cell::kGateGrads; ++g)
@@ -160,11 +162,15 @@ class BackwardDirectionScan {
   }
 
  private:
+  const T* flowing_back(int64_t row) const {
+    return units_.starts_anew(row) ? zeros_.get() : units_.dgates(row);
+  }
+
   void state_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const int64_t continuing = scan_.continuing(s);
     const T* later[kMaxTileRows];
     for (int r = 0; r < rows; ++r)
-      later[r] = b0 + r < continuing ? units_.dgates(scan_.offset(s + 1) + b0 + r) : zeros_.get();
+      later[r] = b0 + r < continuing ? flowing_back(scan_.offset(s + 1) + b0 + r) : zeros_.get();
     alignas(64) T acc[kTileRows * kUnits];
     if (b0 < continuing)
       // By gates, with a part of the requests before each: all at once would be more than a core keeps under way.
@@ -192,7 +198,7 @@ class BackwardDirectionScan {
 
   void initial_state_tile(int64_t panel, int64_t b0, int rows) {
     const T* first[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) first[r] = units_.dgates(scan_.first_row(b0 + r));
+    for (int r = 0; r < rows; ++r) first[r] = flowing_back(scan_.first_row(b0 + r));
     alignas(64) T acc[kTileRows * kUnits];
     recurrent_.multiply(first, rows, panel, acc);
     units_.each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {
@@ -207,7 +213,7 @@ class BackwardDirectionScan {
   const Scan scan_;
   const int64_t H_, Hr_;
   ColumnWeights<T, kVectors> recurrent_, projection_;
-  Buffer<T> zeros_;  // [kGateGrads * H], stands for the dgates of a step that is not there
+  Buffer<T> zeros_;  // [kGateGrads * H], stands for the dgates of a step that is not there or starts anew
 };
 
 }  // namespace FRNN_ISA

@@ -120,9 +120,10 @@ class ForwardDirectionScan {
     const int64_t continued = scan_.continued(tile.s);
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t b = tile.b0 + r;
-      h[r] = b < continued ? d_.output + (scan_.offset(tile.s - 1) + b) * d_.output_stride
-             : d_.h0       ? d_.h0 + b * Hr_
-                           : zeros_.get();
+      h[r] = starts_anew(scan_.offset(tile.s) + b) ? zeros_.get()
+             : b < continued ? d_.output + (scan_.offset(tile.s - 1) + b) * d_.output_stride
+             : d_.h0         ? d_.h0 + b * Hr_
+                             : zeros_.get();
     }
     if (d_.h0 || tile.b0 < continued) tile.h = recurrent_products_.operand(parts, h, tile.rows, Hr_);
   }
@@ -201,7 +202,8 @@ class ForwardDirectionScan {
                            const S* h_prev) {
     V own(T(0)), state(T(0)), saved[Cell::kSaved + 1];
     if constexpr (Cell::kReadsPreviousHidden) own = load(h_prev + u, n);
-    if constexpr (Cell::kHasCellState) state = load(d_.c + b * H_ + u, n);
+    if constexpr (Cell::kHasCellState)
+      if (!starts_anew(row)) state = load(d_.c + b * H_ + u, n);
     const V h = Cell::step(gx, gh, own, state, saved);
     if constexpr (Cell::kHasCellState) store(d_.c + b * H_ + u, state, n);
     if (d_.saved)
@@ -233,6 +235,8 @@ class ForwardDirectionScan {
     if (d_.hn && b >= scan_.continuing(s)) store(d_.hn + b * Hr_ + u, h, n);
   }
 
+  FRNN_HD bool starts_anew(int64_t row) const { return d_.reset && d_.reset[row]; }
+
   const Shape& shape_;
   const ForwardDirection<S>& d_;
   const CpuPlan& plan_;
@@ -245,7 +249,7 @@ class ForwardDirectionScan {
   typename Recurrent::template Weights<kGates, kVectors> recurrent_;
   GateWeights<S, 1, kProjVectors> projection_;
   Buffer<S> hidden_;  // [B, H], h before the projection
-  Buffer<S> zeros_;   // [Hr], the row that stands for an absent h0
+  Buffer<S> zeros_;   // [Hr], the row that stands for an absent state
 };
 
 }  // namespace FRNN_ISA

@@ -70,11 +70,13 @@ struct Backward {
 
 Backward backward(const Problem& p, const OptTensor& grad_output, const OptTensor& grad_hn,
                   const OptTensor& grad_cn, const OptTensor& input, const OptTensor& h0, const OptTensor& c0,
-                  const Tensor& output, const Tensor& saved, int64_t needs, const OptTensor& adds = {}) {
+                  const Tensor& output, const Tensor& saved, int64_t needs, const OptTensor& adds = {},
+                  const OptTensor& reset = {}) {
   const Shape& s = p.shape;
   const Wanted wanted{needs};
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
   t.x = p.operand(as_rows(p, input), {s.N, s.I}, "input");
+  t.reset = p.mask(reset, "reset");
   const int64_t columns = adds_columns(p.cell, s.H, s.Hr());
   if (const Tensor all = p.operand(adds, {s.D, s.N * columns}, "adds"); all.defined())
     t.adds = adds_in(p, all);
@@ -209,7 +211,7 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                          const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                          const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
-                         int64_t needs, const OptTensor& adds) {
+                         int64_t needs, const OptTensor& adds, const OptTensor& reset) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
@@ -217,7 +219,7 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   const Problem p(cell_traits(cell), steps_of(output, batch_sizes), std::move(weights), output, false,
                   Wanted{needs}(kStateGradients) || adds.has_value() ? Stage::derivable : Stage::backward);
-  auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs, adds);
+  auto [g, dh] = backward(p, grad_output, grad_hn, grad_cn, input, h0, c0, output, saved, needs, adds, reset);
   if (g[kInput].defined() && output.dim() == 3) g[kInput] = g[kInput].view({p.shape.T, p.shape.B, p.shape.I});
   return std::tuple_cat(as_tuple(g, std::make_index_sequence<kGradients>()), std::make_tuple(dh));
 }
@@ -228,7 +230,8 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
                               const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
                               const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                               const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
-                              const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved) {
+                              const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
+                              const OptTensor& reset) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
@@ -238,6 +241,7 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
                   Stage::derivable);
   const Shape& s = p.shape;
   BackwardTensors t = tensors_of(p, grad_output, grad_hn, h0, c0, output, saved);
+  t.reset = p.mask(reset, "reset");
   t.wants_dh0 = t.wants_previous = true;
   scan(p, t, grad_cn, false);
   if (p.empty())

@@ -81,6 +81,7 @@ void forward(const Problem& p, bool save, ForwardTensors& t) {
     to.b_hh = stored_in<S>(w.b_hh);
     to.w_hr = stored_in<S>(w.w_hr);
     if (t.h0.defined()) to.h0 = stored_in<S>(t.h0) + d * s.B * s.Hr();
+    to.reset = input_of<bool>(t.reset);
     to.output = stored_out<S>(t.output) + d * s.Hr();
     to.output_stride = s.D * s.Hr();
     if (t.hn.defined()) to.hn = stored_out<S>(t.hn) + d * s.B * s.Hr();
@@ -108,7 +109,8 @@ void run_backward(CellKind kind, const BackwardArgs<BFloat16>& args) {
 }
 
 template <class T>
-void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0, bool reverse, T* to) {
+void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0, const bool* reset,
+                   bool reverse, T* to) {
   const int64_t Hr = s.Hr();
   at::parallel_for(0, s.T, 1 + 32768 / (1 + s.B * Hr), [&](int64_t first, int64_t last) {
     for (int64_t step = first; step < last; ++step) {
@@ -116,7 +118,9 @@ void copy_previous(const Shape& s, const T* output, int64_t stride, const T* h0,
       const bool inside = before >= 0 && before < s.T;
       for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
         T* row = to + (s.offsets[step] + b) * Hr;
-        if (inside && b < s.batch_sizes[before])
+        if (reset && reset[s.offsets[step] + b])
+          std::fill_n(row, Hr, T{});
+        else if (inside && b < s.batch_sizes[before])
           std::copy_n(output + (s.offsets[before] + b) * stride, Hr, row);
         else if (h0)
           std::copy_n(h0 + b * Hr, Hr, row);
@@ -148,6 +152,7 @@ void backward(const Problem& p, BackwardTensors& t) {
     to.w_hr = stored_in<S>(p.weights[d].w_hr);
     to.h0 = at_direction(t.h0, d);
     to.c0 = at_direction(t.c0, d);
+    to.reset = input_of<bool>(t.reset);
     to.output = stored_in<S>(t.output) + d * s.Hr();
     to.output_stride = s.D * s.Hr();
     to.saved = sums_at_direction(t.saved, d);
@@ -165,7 +170,7 @@ void backward(const Problem& p, BackwardTensors& t) {
   }
   run_backward(p.cell.kind, args);
   for (int64_t d = 0; d < s.D && t.wants_previous; ++d)
-    t.previous.push_back(previous_hidden(p, t.output, t.h0, d));
+    t.previous.push_back(previous_hidden(p, t.output, t.h0, d, t.reset));
 }
 
 // result = a^T b of one to four rows, as a cell's step has them: not worth a call of a matrix product.
@@ -268,17 +273,20 @@ void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add) 
   a.scalar_type() == at::kFloat ? multiply<float>(result, a, b, add) : multiply<double>(result, a, b, add);
 }
 
-Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d) {
+Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d,
+                       const Tensor& reset) {
   const Shape& s = p.shape;
   const int64_t Hr = s.Hr();
-  if (s.T == 1 && h0.defined()) return h0.view({s.D, s.B, Hr}).select(0, d);
-  if (s.N == s.T * s.B && !h0.defined())
+  const bool all_go_on = !reset.defined();
+  if (all_go_on && s.T == 1 && h0.defined()) return h0.view({s.D, s.B, Hr}).select(0, d);
+  if (all_go_on && s.N == s.T * s.B && !h0.defined())
     return part(part(output, 1, d * Hr, Hr), 0, d == 0 ? 0 : s.B, s.N - s.B);
   Tensor result = p.allocate({s.N, Hr});
   const auto copy = [&](auto type) {
     using T = decltype(type);
     const T* initial = h0.defined() ? stored_in<T>(h0) + d * s.B * Hr : nullptr;
-    copy_previous<T>(s, stored_in<T>(output) + d * Hr, s.D * Hr, initial, d == 1, stored_out<T>(result));
+    copy_previous<T>(s, stored_in<T>(output) + d * Hr, s.D * Hr, initial, input_of<bool>(reset), d == 1,
+                     stored_out<T>(result));
   };
   if (p.compute == at::kBFloat16)
     copy(BFloat16{});

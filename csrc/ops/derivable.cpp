@@ -143,7 +143,7 @@ Tensors14 call_layer_backward(const std::string& cell, const OptTensor& batch_si
   const auto opt = if_defined;
   return call.call(cell, opt(g[0]), opt(g[1]), opt(g[2]), opt(t[0]), batch_sizes, opt(t[1]), opt(t[2]), t[3],
                    t[4], opt(t[5]), opt(t[6]), opt(t[7]), opt(t[8]), opt(t[9]), opt(t[10]), opt(t[11]),
-                   opt(t[12]), output, saved, needs, adds);
+                   opt(t[12]), output, saved, needs, adds, {});
 }
 
 variable_list derivable_gradients(RecordedPass pass) {

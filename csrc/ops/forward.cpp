@@ -12,7 +12,7 @@ void pass_states_through(ForwardTensors& t) {
 
 // hn is left undefined unless wanted.
 ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h0, const OptTensor& c0,
-                       bool save, bool want_hn) {
+                       bool save, bool want_hn, const OptTensor& reset = {}) {
   const Shape& s = p.shape;
   ForwardTensors t;
   const bool padded = input.dim() == 3, as_given = padded && p.backend.padded_rows;
@@ -22,6 +22,7 @@ ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h
     t.x = p.operand(padded ? input.reshape({s.N, input.size(-1)}) : input, {s.N, s.I}, "input");
   t.h0 = p.state(h0, s.Hr(), "h0");
   t.c0 = p.state(c0, s.H, "c0");
+  t.reset = p.mask(reset, "reset");
   t.output = as_given ? p.allocate({s.T, s.B, s.D * s.Hr()}) : p.allocate({s.N, s.D * s.Hr()});
   if (want_hn) t.hn = p.allocate_state(s.Hr());
   t.saved = p.allocate({save ? s.D : 0, s.N, p.cell.saved * s.H}, p.kept);
@@ -40,10 +41,10 @@ ForwardTensors forward(const Problem& p, const Tensor& input, const OptTensor& h
 }  // namespace
 
 Tensors4 layer_of(const CellTraits& cell, const Tensor& input, const OptTensor& batch_sizes,
-                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights,
-                  bool save) {
+                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights, bool save,
+                  const OptTensor& reset) {
   const Problem p(cell, steps_of(input, batch_sizes), std::move(weights), input, false, Stage::forward);
-  ForwardTensors r = forward(p, input, h0, c0, save, true);
+  ForwardTensors r = forward(p, input, h0, c0, save, true, reset);
   return {r.output, r.hn, r.cn, r.saved};
 }
 
@@ -52,13 +53,13 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
                        const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
                        const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                        const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
-                       const OptTensor& w_hr_reverse, bool save) {
+                       const OptTensor& w_hr_reverse, bool save, const OptTensor& reset) {
   const PlainDispatch guard;
   std::vector<DirectionWeights> weights{direction_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (w_ih_reverse.has_value())
     weights.push_back(
         direction_weights(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
-  return layer_of(cell_traits(cell), input, batch_sizes, h0, c0, std::move(weights), save);
+  return layer_of(cell_traits(cell), input, batch_sizes, h0, c0, std::move(weights), save, reset);
 }
 
 Tensors3 cell_forward(std::string_view cell, const Tensor& input, const OptTensor& h0, const OptTensor& c0,

@@ -5,6 +5,7 @@
 //   h0, c0       [D, B, Hr], [D, B, H]; absent: zero
 //   w_ih, w_hh   [G*H, I], [G*H, Hr]        b_ih, b_hh [G*H], or absent both       w_hr [P, H], LSTM only
 //   ..._reverse  the second direction's; its presence makes D = 2
+//   reset        [N] bool; where set, the row's state is zero before that step, in either direction; absent: nowhere
 //   output       [T, B, D*Hr] or [N, D*Hr]  hn, cn as h0, c0 (cn is empty but for LSTM)
 //   saved        [D, N, kSaved*H], what the backward pass reads; empty unless `save`
 //
@@ -28,13 +29,15 @@ TORCH_LIBRARY(fused_rnn, m) {
       "layer_forward(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
-      "Tensor? w_hr_reverse, bool save) -> (Tensor output, Tensor hn, Tensor cn, Tensor saved)");
+      "Tensor? w_hr_reverse, bool save, Tensor? reset=None) -> (Tensor output, Tensor hn, Tensor cn, Tensor "
+      "saved)");
   m.def(
       "layer_backward(str cell, Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, "
       "Tensor? input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
-      "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs, Tensor? adds=None) -> "
+      "Tensor? w_hr_reverse, Tensor output, Tensor saved, int needs, Tensor? adds=None, Tensor? reset=None) "
+      "-> "
       "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor w_hr, "
       "Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor b_ih_reverse, Tensor b_hh_reverse, Tensor "
       "w_hr_reverse, "
@@ -45,7 +48,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
       "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, "
-      "Tensor? w_hr_reverse, Tensor output, Tensor saved) -> "
+      "Tensor? w_hr_reverse, Tensor output, Tensor saved, Tensor? reset=None) -> "
       "(Tensor dgates, Tensor previous, Tensor h0, Tensor c0)");
   // The derivatives of <v, layer_backward>: by the gradients that it takes, then by the layer's arguments. Where `adds` is
   // wanted, without what layer_backward makes of it: it may have a pass to make anyhow.

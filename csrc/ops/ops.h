@@ -25,7 +25,7 @@ Tensors4 layer_forward(std::string_view cell, const Tensor& input, const OptTens
                        const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
                        const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                        const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
-                       const OptTensor& w_hr_reverse, bool save);
+                       const OptTensor& w_hr_reverse, bool save, const OptTensor& reset);
 
 Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
                          const OptTensor& grad_cn, const OptTensor& input, const OptTensor& batch_sizes,
@@ -34,7 +34,7 @@ Tensors14 layer_backward(std::string_view cell, const OptTensor& grad_output, co
                          const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                          const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
                          const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
-                         int64_t needs, const OptTensor& adds);
+                         int64_t needs, const OptTensor& adds, const OptTensor& reset);
 
 Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_output, const OptTensor& grad_hn,
                               const OptTensor& grad_cn, const OptTensor& batch_sizes, const OptTensor& h0,
@@ -42,7 +42,8 @@ Tensors4 layer_gate_gradients(std::string_view cell, const OptTensor& grad_outpu
                               const OptTensor& b_ih, const OptTensor& b_hh, const OptTensor& w_hr,
                               const OptTensor& w_ih_reverse, const OptTensor& w_hh_reverse,
                               const OptTensor& b_ih_reverse, const OptTensor& b_hh_reverse,
-                              const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved);
+                              const OptTensor& w_hr_reverse, const Tensor& output, const Tensor& saved,
+                              const OptTensor& reset);
 
 Tensors17 layer_double_backward(std::string_view cell, const Tensor& dh, const OptTensor& grad_cn,
                                 const OptTensor& input, const OptTensor& batch_sizes, const OptTensor& h0,

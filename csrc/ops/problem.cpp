@@ -156,6 +156,12 @@ Tensor Problem::state(const OptTensor& tensor, int64_t size, const char* name) c
   return operand(tensor, {shape.D, shape.B, size}, name);
 }
 
+Tensor Problem::mask(const OptTensor& tensor, const char* name) const {
+  TORCH_CHECK(!tensor.has_value() || tensor->scalar_type() == at::kBool, "fused_rnn: expected ", name,
+              " of dtype ", at::kBool, ", got ", tensor->scalar_type());
+  return operand(tensor, {shape.N}, name, at::kBool);
+}
+
 Tensor Problem::allocate(at::IntArrayRef sizes, at::ScalarType type) const {
   if (device.is_cpu()) {
     Tensor tensor = at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, std::nullopt);  // no dispatch

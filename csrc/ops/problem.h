@@ -71,7 +71,8 @@ struct Problem {
   }
   Tensor operand(const OptTensor& tensor, at::IntArrayRef sizes, const char* name, at::ScalarType type) const;
   Tensor state(const OptTensor& tensor, int64_t size,
-               const char* name) const;  // likewise, a hidden or cell state
+               const char* name) const;                          // likewise, a hidden or cell state
+  Tensor mask(const OptTensor& tensor, const char* name) const;  // likewise, bool, of the rows of all steps
   Tensor allocate(at::IntArrayRef sizes) const { return allocate(sizes, compute); }
   Tensor allocate(at::IntArrayRef sizes, at::ScalarType type) const;
   Tensor allocate_state(int64_t size) const { return allocate_state(size, compute); }

@@ -113,7 +113,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
       results.resize(3);
       std::tie(results[0], results[1], results[2], saved) =
           layer_forward(call.cell, *t[0], {}, t[1], t[2], *t[3], *t[4], t[5], t[6], t[7], t[8], t[9], t[10],
-                        t[11], t[12], true);
+                        t[11], t[12], true, {});
     }
     if (!traits.cell_state) results.pop_back();
     const Tensor link = call.is_cell ? Tensor() : link_of(results[0], saved, t, traits);

@@ -49,7 +49,8 @@ extern const Backend kCpuBackend, kCudaBackend;
 
 // What `layer_forward` does (library.cpp), of weights by direction; under PlainDispatch.
 Tensors4 layer_of(const CellTraits& cell, const Tensor& input, const OptTensor& batch_sizes,
-                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights, bool save);
+                  const OptTensor& h0, const OptTensor& c0, std::vector<DirectionWeights> weights, bool save,
+                  const OptTensor& reset = {});
 
 // On the CPU: the scan forward of a second derivative.
 void run_tangent(CellKind kind, const TangentArgs<float>& args);
@@ -61,9 +62,10 @@ void sum_over_rows(const Tensor& result, const Tensor& a, const Tensor& b, bool 
 void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add);
 
 // On the CPU: h_{t-1} of every row, [N, Hr], as direction d of a scan met it. output [N, D*Hr], h0 [D, B, Hr] or
-// undefined: zero. Where the first step of the scan has it zero and the batch is dense, a view of the rows of the other
+// undefined: zero; reset [N] or undefined. Where the first step of the scan has it zero and the batch is dense, a view of the rows of the other
 // steps: see rows_after.
-Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d);
+Tensor previous_hidden(const Problem& p, const Tensor& output, const Tensor& h0, int64_t d,
+                       const Tensor& reset = {});
 
 // That of the device where the tensor is (library.cpp).
 const Backend& backend_of(const Tensor& tensor);

@@ -29,6 +29,7 @@ struct Tensors {
   // What is added on the way: [D, N, H]. With `adds_previous`, `dgates` holds the rest of it.
   float* adds_carry;
   S* adds_previous;
+  bool* reset;  // [N]
 };
 
 // sizes: T, B, H, D, N.
@@ -53,6 +54,7 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
       *dgates = memory.guarded(t.dgates, D * N * Cell::kGateGrads * H);
     float *carry = memory.guarded(t.carry, D * B * H), *adds_carry = memory.guarded(t.adds_carry, D * N * H);
     S* adds_previous = memory.guarded(t.adds_previous, D * N * H);
+    const bool* reset = memory.guarded(t.reset, N);
     for (int64_t d = 0; d < D; ++d) {
       frnn::BackwardDirection<S>& to = args.direction[d];
       const auto of_direction = [&](auto* all, int64_t count) { return all ? all + d * count : nullptr; };
@@ -60,6 +62,7 @@ int backward(const char* cell, const int64_t* sizes, const int64_t* batch_sizes,
       to.w_hh = memory.guarded(t.w_hh[d], Cell::kGates * H * H);
       to.h0 = of_direction(h0, B * H);
       to.c0 = of_direction(c0, B * H);
+      to.reset = reset;
       to.output = output + d * H;
       to.saved = of_direction(saved, N * Cell::kSaved * H);
       to.grad_output = of_direction(grad_output, H);
