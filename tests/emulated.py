@@ -105,6 +105,17 @@ def broken(*, messages: bool = False, products: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kernels_of_an_older_gpu() -> Iterator[None]:
+    """As if the driver had translated the persistent kernels from PTX for a GPU that has none."""
+    runtime = load().runtime
+    runtime.frnn_emulation_set_threads_of_kernels(32)
+    try:
+        yield
+    finally:
+        runtime.frnn_emulation_set_threads_of_kernels(1024)
+
+
+@contextlib.contextmanager
 def capturing() -> Iterator[None]:
     """As if every stream were being captured in a CUDA graph."""
     runtime = load().runtime

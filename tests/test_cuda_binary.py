@@ -241,6 +241,26 @@ def test_a_block_finds_its_registers():
         )
 
 
+def has_tile(arch: int, numbers: str, k_groups: int, exchange: str) -> bool:
+    """tile_exists in csrc/cuda/persistent.h."""
+    if arch < 80 or k_groups == 1 or exchange == "block":
+        return arch >= 80 and k_groups == 1 and exchange == "block"
+    if numbers == EXACT and k_groups != (4 if exchange == "cluster" else 8):
+        return False
+    return exchange == ("cluster" if arch >= 90 and k_groups < 8 else "grid")
+
+
+def test_a_kernel_that_an_architecture_lacks_takes_no_launch():
+    """By its bound on the threads of a block the host knows it, whatever the GPU: kBlockThreads in persistent.cuh."""
+    counts = Counter()
+    for (arch, kernel), threads in launch_bounds().items():
+        if match := re.fullmatch(r"persistent_\w+_kernel<.*, (\w+), (\d), (\w+)>", readable()[kernel]):
+            there = has_tile(tools.Arch(arch).number, match[1], int(match[2]), match[3])
+            counts[there] += 1
+            assert threads == (256 if there else 32), f"sm_{arch} {readable()[kernel]}"
+    assert counts[True] and counts[False]
+
+
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.kernel)
 def test_kernels_hold_the_instructions_that_they_were_written_for(promise):
     for arch in READ:

@@ -148,6 +148,23 @@ def test_a_kernel_that_fails_its_check_is_not_used(
     assert same(gradients, wanted) and same(repeated, wanted)
 
 
+@cases
+def test_a_kernel_that_was_not_compiled_is_not_used(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    """Asked for or not: of PTX for an older GPU the driver makes no kernel that only newer ones have."""
+    arguments = case.arguments()
+    with case.gpu(), emulated.kernels_of_an_older_gpu():
+        with forced(STEPS):
+            expected, _ = forward(case, arguments)
+            wanted, _ = backward(case, arguments, expected)
+        for strategy in ("", case.strategy):
+            with forced(strategy) if strategy else contextlib.nullcontext():
+                found, done = forward(case, arguments)
+                gradients, _ = backward(case, arguments, expected)
+            assert done.launches == case.T
+            assert strategy or (same(found, expected) and same(gradients, wanted))
+    assert not warnings(capfd)
+
+
 @pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.strategy)
 def test_a_wait_in_vain_outside_a_check_traps(case: Case) -> None:
     arguments = case.arguments()

@@ -148,6 +148,12 @@ constexpr bool kHasKernel =
     tile_exists(Tile{kGroups, 1, kExchange}, FRNN_ARCH / 10, std::is_same_v<T, Exact>);
 #endif
 
+// Threads of a block. Where there is no kernel, fewer than any launch has: a plan goes by the GPU, and where the driver
+// translated the code from PTX of an older one, as of 8.0+PTX for an sm_90, the kernel that it asks for is not there.
+// So it is known from its attributes (residents), and a launch is refused, where to trap would be the end of the process.
+template <class T, int kGroups, Exchange kExchange>
+constexpr int kBlockThreads = kHasKernel<T, kGroups, kExchange> ? kTileThreads : 32;
+
 // ---- Host ------------------------------------------------------------------------------------------------------------
 
 // Calls f with k_groups and exchange as constants, of the combinations that there are.
@@ -215,6 +221,9 @@ const char* launch_persistent(void (*kernel)(Args, int, int, bool), Pass pass, i
 template <class Kernel>
 const char* residents(Kernel* kernel, const Tile& tile, const LaunchShape& shape, int64_t* replicas) {
   *replicas = 0;
+  cudaFuncAttributes attributes;
+  if (const char* error = error_text(cudaFuncGetAttributes(&attributes, kernel))) return error;
+  if (attributes.maxThreadsPerBlock < kTileThreads) return nullptr;  // kBlockThreads
   if (const char* error = prepare(kernel, shape)) return error;
   int count = 0;
   if (tile.exchange == Exchange::cluster) {

@@ -174,7 +174,7 @@ class BackwardPairs : public SeatPairs<kGroups> {
 };
 
 template <class Cell, class T, int kGroups, Exchange kExchange>
-__global__ void __launch_bounds__(kTileThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads<T, kGroups, kExchange>, 1)
     persistent_backward_kernel(const PersistentBackward<T> args, const int columns, const int row,
                                const bool whole) {
   if constexpr (!kHasKernel<T, kGroups, kExchange>) {

@@ -208,7 +208,7 @@ __device__ __forceinline__ void load_initial(T* to, const Replica& replica,
 }
 
 template <class Cell, class T, int kGroups, Exchange kExchange>
-__global__ void __launch_bounds__(kTileThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads<T, kGroups, kExchange>, 1)
     persistent_forward_kernel(const PersistentForward<T> args, const int columns, const int row,
                               const bool whole) {
   if constexpr (!kHasKernel<T, kGroups, kExchange>) {

@@ -19,6 +19,8 @@ EXPORTED const char* frnn_emulation_last_error();
 // A device that is broken: messages between blocks are lost, after which time passes and waits can give up; or what matrix
 // instructions multiply is wrong.
 EXPORTED void frnn_emulation_break(bool messages, bool products);
+// The most threads that cudaFuncGetAttributes says a block of any kernel may have.
+EXPORTED void frnn_emulation_set_threads_of_kernels(int count);
 // What cudaStreamIsCapturing says.
 EXPORTED void frnn_emulation_set_capturing(bool capturing);
 // How many kernels have been launched.

@@ -21,6 +21,7 @@ constexpr int kL2Bytes = 60 << 20;
 constexpr uint64_t kMemoryBytes = uint64_t{141} << 30;
 int multiprocessors = 132;
 bool capturing = false;
+int threads_of_kernels = kThreadsOfBlock;
 
 struct KernelSettings {
   uint64_t shared_bytes = kSharedByDefault;
@@ -162,6 +163,11 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     kernel_settings.large_clusters = value != 0;
   }
+  return cudaSuccess;
+}
+
+cudaError_t get_attributes(cudaFuncAttributes* attributes) {
+  attributes->maxThreadsPerBlock = threads_of_kernels;
   return cudaSuccess;
 }
 
@@ -330,6 +336,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 }
 
 EXPORTED uint32_t frnn_emulation_launches() { return launch_state.number; }
+EXPORTED void frnn_emulation_set_threads_of_kernels(int count) { threads_of_kernels = count; }
 EXPORTED void frnn_emulation_set_capturing(bool is) { capturing = is; }
 EXPORTED void frnn_emulation_set_multiprocessors(int count) { multiprocessors = count; }
 EXPORTED const char* frnn_emulation_last_error() { return last_error.c_str(); }

@@ -92,6 +92,10 @@ struct cudaDeviceProp {
   size_t totalGlobalMem;
 };
 
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+
 const char* cudaGetErrorName(cudaError_t error);
 // Of an error that the emulation found: what it found, in full.
 const char* cudaGetErrorString(cudaError_t error);
@@ -118,6 +122,7 @@ struct Arguments {
 };
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const Arguments& arguments);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t get_attributes(cudaFuncAttributes* attributes);
 cudaError_t active_blocks(int* count, int threads, size_t shared_bytes);
 cudaError_t active_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config);
 }  // namespace frnn_emulation
@@ -141,6 +146,10 @@ template <class... Parameters>
 inline cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,
                                         int value) {
   return frnn_emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class... Parameters>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  return frnn_emulation::get_attributes(attributes);
 }
 template <class... Parameters>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void (*)(Parameters...),
