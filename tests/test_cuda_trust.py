@@ -178,6 +178,32 @@ def test_a_wait_in_vain_outside_a_check_traps(case: Case) -> None:
     assert "__trap()" in str(trap.value)
 
 
+@pytest.mark.parametrize(
+    "case, checked",
+    [(CASES[1], False), (CASES[2], False), (CASES[2], True)],
+    ids=lambda value: f"checked={value}" if isinstance(value, bool) else value.strategy,
+)
+def test_patience(case: Case, checked: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """In turns of 2^32 cycles. Blocks of a grid may have to wait for multiprocessors that a kernel has which waits for
+    another machine: a first message has minutes. A check does without it, and a cluster begins as a whole."""
+    arguments, runtime = case.arguments(), emulated.load().runtime
+    runtime.frnn_emulation_set_turns_in_vain(64)
+    try:
+        with case.gpu(), emulated.broken(messages=True):
+            runtime.frnn_emulation_longest_wait()
+            if checked:
+                forward(case, arguments)
+                assert "waited in vain" in warnings(capfd)[0]
+            else:
+                with forced(case.strategy), pytest.raises(RuntimeError, match="__trap"):
+                    forward(case, arguments)
+            turns = runtime.frnn_emulation_longest_wait()
+    finally:
+        runtime.frnn_emulation_set_turns_in_vain(1000)
+    patient = case.strategy == "grid" and not checked
+    assert (512 <= turns < 1000) if patient else (0 < turns < 400), turns
+
+
 def test_what_is_asked_for_runs_unchecked(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = BLOCK.arguments()
     with forced(STEPS):

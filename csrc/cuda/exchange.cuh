@@ -275,7 +275,7 @@ class StateExchange<Exchange::grid, T, V, kGroups> {
           if (missing >> i & 1) load_relaxed_both(got[i], at + i * step);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) missing &= ~(arrived(got[i]) << i);
-      } while (missing != 0 && !gives_up(start, gave_up_));
+      } while (missing != 0 && !gives_up(start, gave_up_, message_ == 1));
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int line = first + i * lines_at_once_;

@@ -19,6 +19,10 @@ EXPORTED const char* frnn_emulation_last_error();
 // A device that is broken: messages between blocks are lost, after which time passes and waits can give up; or what matrix
 // instructions multiply is wrong.
 EXPORTED void frnn_emulation_break(bool messages, bool products);
+// By how much clock_high() is ahead then, each time that all wait in vain; and what it came to in any launch since the last
+// question.
+EXPORTED void frnn_emulation_set_turns_in_vain(uint32_t turns);
+EXPORTED uint32_t frnn_emulation_longest_wait();
 // The most threads that cudaFuncGetAttributes says a block of any kernel may have.
 EXPORTED void frnn_emulation_set_threads_of_kernels(int count);
 // What cudaStreamIsCapturing says.

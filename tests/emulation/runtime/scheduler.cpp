@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "exported.h"
 #include "state.h"
@@ -18,6 +19,7 @@ namespace {
 
 uint64_t random_state = 1;
 double yield_probability = 0.02;
+uint32_t turns_in_vain = 1000, longest_wait = 0;  // of clock_high()
 // Of seeing the same again; seeing something new counts as 1, for a thread may look at much before it goes on.
 constexpr uint64_t kPollWeight = 16;
 // Not a power of two, or all stacks would lie in the same few sets of the cache.
@@ -131,9 +133,10 @@ int64_t draw_accesses_to_yield() {
 
 // Nobody can go on. Where time passes, much of it has by now, and those who look at the clock give up.
 void wait_in_vain() {
-  constexpr uint32_t kMuch = 1000, kMost = 100 * kMuch;
+  constexpr uint32_t kMost = 100'000;
   if (!messages_are_lost || launch_state.clock >= kMost) deadlock();
-  launch_state.clock += kMuch;
+  launch_state.clock += turns_in_vain;
+  longest_wait = std::max(longest_wait, launch_state.clock);
   launch_state.polls_in_vain = launch_state.yields_in_vain = 0;
   time_passes_at_mbarriers();
 }
@@ -296,6 +299,8 @@ EXPORTED void frnn_emulation_set_seed(uint64_t seed) {
 }
 EXPORTED void frnn_emulation_set_yield_probability(double probability) { yield_probability = probability; }
 EXPORTED uint64_t frnn_emulation_schedule() { return schedule_hash; }
+EXPORTED void frnn_emulation_set_turns_in_vain(uint32_t turns) { turns_in_vain = turns; }
+EXPORTED uint32_t frnn_emulation_longest_wait() { return std::exchange(longest_wait, 0); }
 EXPORTED void frnn_emulation_break(bool messages, bool products) {
   messages_are_lost = messages;
   products_are_wrong = products;
