@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import emulated
@@ -11,6 +12,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fused_rnn import _C
+
+# torch looks at it once, at a process's first product on a GPU, and under torch.use_deterministic_algorithms refuses every
+# product of a process that had begun without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The same examples in every run, so that a failure on one machine is a failure on the next; no deadline,
 # since a shared runner may stall at any line. Property tests set their own number of examples.

@@ -3,8 +3,12 @@ however often and however the threads are scheduled."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from fused_rnn import _C
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 layers = pytest.mark.parametrize("kind", LAYERS, ids=str)
 
+ROOT = Path(__file__).resolve().parent.parent
 REPEATS, THREADS = 5, 4
 STEPS, BATCH, INPUT, HIDDEN = 12, 21, 40, 48
 
@@ -28,9 +33,8 @@ def test_more_than_one_thread_works(cell: str, training: bool):
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _deterministic() -> Iterator[None]:
     """Not only warned of: refused. What torch leaves uninitialised is filled with NaN, so that reading it shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it before any product on a GPU
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -38,6 +42,14 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         warnings.simplefilter("error")
         yield
     torch.use_deterministic_algorithms(False)
+
+
+def test_cublas_is_set_up_for_it_before_any_product():
+    """The variable counts as it was at the first one of the process, which may be that of another test: conftest.py."""
+    code = "import os, sys; sys.path.insert(0, 'tests'); import conftest; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    environ = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert found.stdout.strip() in (":4096:8", ":16:8"), found.stderr
 
 
 def assert_repeats(module, x, hx, **how) -> None:
