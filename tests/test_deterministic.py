@@ -48,7 +48,9 @@ def test_cublas_is_set_up_for_it_before_any_product():
     """The variable counts as it was at the first one of the process, which may be that of another test: conftest.py."""
     code = "import os, sys; sys.path.insert(0, 'tests'); import conftest; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     environ = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
     assert found.stdout.strip() in (":4096:8", ":16:8"), found.stderr
 
 

@@ -13,6 +13,8 @@ int cuda_device_count() {
   return 0;
 }
 
+int cuda_runtime_version() { return CUDART_VERSION; }
+
 const char* cuda_device(int index, CudaDevice* device) {
   cudaDeviceProp properties;
   const cudaError_t error = cudaGetDeviceProperties(&properties, index);

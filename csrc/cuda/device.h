@@ -18,6 +18,9 @@ struct CudaDevice {
 // Number of GPUs that this process can use. 0 where there is none, or no driver: never an error.
 int cuda_device_count();
 
+// Of the CUDA runtime in this library, 13000 for 13.0: with a driver that is too old for it there is no GPU.
+int cuda_runtime_version();
+
 // Fills `device`; returns null, or what CUDA says is wrong.
 const char* cuda_device(int index, CudaDevice* device);
 

@@ -5,8 +5,8 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/mm.h>
 
+#include <map>
 #include <mutex>
-#include <vector>
 
 #include "../../cuda/device.h"
 #include "precision.h"
@@ -19,17 +19,20 @@ void* current_stream(at::Device device) {
 
 CudaGpu gpu_of(at::Device device) {
   // Asked of the driver once: it takes a good part of a millisecond.
-  static std::once_flag asked;
-  static std::vector<CudaGpu> gpus;
-  std::call_once(asked, [] {
-    for (int index = 0; index < cuda_device_count(); ++index) {
-      CudaDevice found;
-      const char* error = cuda_device(index, &found);
-      TORCH_CHECK(!error, "fused_rnn: GPU ", index, ": ", error);
-      gpus.push_back(gpu_of(found));
-    }
-  });
-  return gpus.at(device.index());
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, CudaGpu> gpus;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto known = gpus.find(device.index());
+  if (known == gpus.end()) {
+    CudaDevice found;
+    // Our CUDA runtime may be newer than torch's, and newer than the driver.
+    const char* error = cuda_device(device.index(), &found);
+    TORCH_CHECK(!error, "fused_rnn: its kernels, compiled with CUDA ", cuda_runtime_version() / 1000, ".",
+                cuda_runtime_version() % 1000 / 10, ", cannot use ", device, ": ", error,
+                ". Update the GPU's driver, or build fused_rnn with an older nvcc, or with FUSED_RNN_CUDA=0");
+    known = gpus.emplace(device.index(), gpu_of(found)).first;
+  }
+  return known->second;
 }
 
 std::string gpu_name(at::Device device) {

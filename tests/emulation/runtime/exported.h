@@ -25,6 +25,8 @@ EXPORTED void frnn_emulation_set_turns_in_vain(uint32_t turns);
 EXPORTED uint32_t frnn_emulation_longest_wait();
 // The most threads that cudaFuncGetAttributes says a block of any kernel may have.
 EXPORTED void frnn_emulation_set_threads_of_kernels(int count);
+// The driver is too old for the CUDA runtime.
+EXPORTED void frnn_emulation_set_old_driver(bool is);
 // What cudaStreamIsCapturing says.
 EXPORTED void frnn_emulation_set_capturing(bool capturing);
 // How many kernels have been launched.

@@ -20,7 +20,7 @@ constexpr uint64_t kSharedReserved = 1 << 10;
 constexpr int kL2Bytes = 60 << 20;
 constexpr uint64_t kMemoryBytes = uint64_t{141} << 30;
 int multiprocessors = 132;
-bool capturing = false;
+bool capturing = false, old_driver = false;
 int threads_of_kernels = kThreadsOfBlock;
 
 struct KernelSettings {
@@ -211,6 +211,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     NAME(cudaErrorInvalidValue)
     NAME(cudaErrorMemoryAllocation)
     NAME(cudaErrorInvalidConfiguration)
+    NAME(cudaErrorInsufficientDriver)
     NAME(cudaErrorNoDevice)
     NAME(cudaErrorInvalidDevice)
     NAME(cudaErrorIllegalAddress)
@@ -237,13 +238,14 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice); }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
+  *count = old_driver ? 0 : 1;
+  return old_driver ? remember(cudaErrorInsufficientDriver) : cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (old_driver) return remember(cudaErrorInsufficientDriver);
   if (device != 0) return remember(cudaErrorInvalidDevice);
   *properties = cudaDeviceProp();
   strcpy(properties->name, "emulated");
@@ -337,6 +339,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 EXPORTED uint32_t frnn_emulation_launches() { return launch_state.number; }
 EXPORTED void frnn_emulation_set_threads_of_kernels(int count) { threads_of_kernels = count; }
+EXPORTED void frnn_emulation_set_old_driver(bool is) { old_driver = is; }
 EXPORTED void frnn_emulation_set_capturing(bool is) { capturing = is; }
 EXPORTED void frnn_emulation_set_multiprocessors(int count) { multiprocessors = count; }
 EXPORTED const char* frnn_emulation_last_error() { return last_error.c_str(); }
