@@ -42,3 +42,19 @@ def test_a_driver_that_is_too_old_is_said_so(library: ctypes.CDLL) -> None:
     ):
         assert words in said
     assert library.planned_arch() == b"90"
+
+
+# torch's numbers of its dtypes
+@pytest.mark.parametrize("dtype, number", [("float", 6), ("double", 7), ("half", 5), ("bfloat16", 15)])
+def test_torch_s_switch_is_touched_where_it_matters_alone(
+    library: ctypes.CDLL, dtype: str, number: int
+) -> None:
+    """It is the whole process's, and other threads multiply too."""
+    rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = rnn.fp32_precision
+    rnn.fp32_precision = "tf32"
+    try:
+        assert library.allows_tf32(number) == (dtype == "float")
+        assert matmul.fp32_precision == "none"
+    finally:
+        rnn.fp32_precision = before

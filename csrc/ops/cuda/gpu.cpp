@@ -7,6 +7,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "../../cuda/device.h"
 #include "precision.h"
@@ -41,7 +42,9 @@ std::string gpu_name(at::Device device) {
 }
 
 void product(const Tensor& result, const Tensor& a, const Tensor& b) {
-  const RecurrentPrecision precision;
+  // The 16-bit types and float64 know no TF32: torch's switches, which other threads look at too, are left alone.
+  std::optional<RecurrentPrecision> precision;
+  if (a.scalar_type() == at::kFloat) precision.emplace();
   Tensor out = result;
   const bool batched = a.dim() == 3;
   if (result.scalar_type() == a.scalar_type())
