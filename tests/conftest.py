@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 
 from fused_rnn import _C
 
-# torch looks at it once, at a process's first product on a GPU, and under torch.use_deterministic_algorithms refuses every
-# product of a process that had begun without.
+# torch looks at it once, at a process's first product on a GPU, and under torch.use_deterministic_algorithms refuses
+# every product of a process that had begun without.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The same examples in every run, so that a failure on one machine is a failure on the next; no deadline,

@@ -1,5 +1,5 @@
-"""What the CUDA operators ask of a torch for CUDA (csrc/ops/cuda/gpu.cpp), as far as it runs without a GPU: on an emulated
-CUDA runtime, with CPU tensors."""
+"""What the CUDA operators ask of a torch for CUDA (csrc/ops/cuda/gpu.cpp), as far as it runs without a GPU: on an
+emulated CUDA runtime, with CPU tensors."""
 
 from __future__ import annotations
 

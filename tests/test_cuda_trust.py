@@ -231,6 +231,14 @@ def test_nothing_is_checked_while_a_graph_is_captured() -> None:
     assert during == Work(1, 1) and same(captured, found)
 
 
+def test_a_kernel_may_be_met_first_while_a_graph_is_captured() -> None:
+    arguments = BLOCK.arguments()
+    with emulated.capturing(), forced("block"):
+        captured, during = forward(BLOCK, arguments)
+    with forced("block"):
+        assert during == Work(1, 1) and same(captured, forward(BLOCK, arguments)[0])
+
+
 def test_each_kernel_is_checked_for_itself() -> None:
     """Another hidden size or dtype is another kernel, or other waits; other lengths and rows of a tile are not."""
     cases = [

@@ -12,6 +12,19 @@ inline const char* error_text(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
+// While it lives, this thread may call what a capture of a CUDA graph forbids, its own or another thread's: waits, and
+// what loads a kernel, which CUDA puts off until it is first asked for.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // A launch whose blocks may wait for each other: those of a cluster (along x), or all.
 struct LaunchShape {
   dim3 grid, block;

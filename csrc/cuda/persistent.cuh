@@ -221,6 +221,7 @@ const char* launch_persistent(void (*kernel)(Args, int, int, bool), Pass pass, i
 template <class Kernel>
 const char* residents(Kernel* kernel, const Tile& tile, const LaunchShape& shape, int64_t* replicas) {
   *replicas = 0;
+  const RelaxedCapture relaxed;
   cudaFuncAttributes attributes;
   if (const char* error = error_text(cudaFuncGetAttributes(&attributes, kernel))) return error;
   if (attributes.maxThreadsPerBlock < kTileThreads) return nullptr;  // kBlockThreads

@@ -12,13 +12,10 @@ bool is_capturing(void* stream) {
 }
 
 const char* fetch(void* to, const void* from, size_t bytes, void* stream) {
-  // A wait in one thread would otherwise spoil what another is capturing.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
+  const RelaxedCapture relaxed;  // a wait in one thread would otherwise spoil what another is capturing
   const auto on = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, on);
   if (error == cudaSuccess) error = cudaStreamSynchronize(on);
-  cudaThreadExchangeStreamCaptureMode(&mode);
   return error_text(error);
 }
 

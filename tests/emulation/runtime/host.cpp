@@ -22,6 +22,7 @@ constexpr uint64_t kMemoryBytes = uint64_t{141} << 30;
 int multiprocessors = 132;
 bool capturing = false, old_driver = false;
 int threads_of_kernels = kThreadsOfBlock;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 struct KernelSettings {
   uint64_t shared_bytes = kSharedByDefault;
@@ -166,7 +167,10 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
+// On a GPU the first question loads the kernel.
 cudaError_t get_attributes(cudaFuncAttributes* attributes) {
+  if (capturing && capture_mode != cudaStreamCaptureModeRelaxed)
+    return remember(cudaErrorStreamCaptureUnsupported);
   attributes->maxThreadsPerBlock = threads_of_kernels;
   return cudaSuccess;
 }
@@ -221,6 +225,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     NAME(cudaErrorLaunchFailure)
     NAME(cudaErrorCooperativeLaunchTooLarge)
     NAME(cudaErrorNotSupported)
+    NAME(cudaErrorStreamCaptureUnsupported)
 #undef NAME
   }
   return "unrecognized error code";
@@ -332,8 +337,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  thread_local cudaStreamCaptureMode own = cudaStreamCaptureModeGlobal;
-  std::swap(own, *mode);
+  std::swap(capture_mode, *mode);
   return cudaSuccess;
 }
 
