@@ -6,7 +6,7 @@ exchange data: test_emulation_exchange.py.
 
 from __future__ import annotations
 
-import shutil
+import os
 import subprocess
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from emulation.machines import (
     ok,
     on_machines,
 )
+from test_build import tools
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
@@ -293,14 +294,34 @@ def test_named_barriers(make: Make) -> None:
 # ---- Real CUDA ----
 
 
+needs_nvcc = pytest.mark.skipif(tools.find_toolkit(os.environ) is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_nvcc_is_found_where_the_build_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tools.find_toolkit(os.environ).home
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    done = subprocess.run([machines.nvcc(), "--version"], check=True, capture_output=True, text=True)
+    assert "Cuda compilation tools" in done.stdout
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_nvcc_takes_the_same_sources(path: Path, tmp_path: Path) -> None:
     """Every instruction of ptx.cuh assembles for every architecture that nvcc has, or traps where it is missing."""
-    listed = subprocess.run(["nvcc", "--list-gpu-code"], check=True, capture_output=True, text=True)
+    listed = subprocess.run([machines.nvcc(), "--list-gpu-code"], check=True, capture_output=True, text=True)
     archs = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in listed.stdout.split()]
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{build.CSRC}", "-Werror=all-warnings", "-c", str(path)]
+    command = [
+        machines.nvcc(),
+        "-std=c++17",
+        "-O3",
+        f"-I{build.CSRC}",
+        "-Werror=all-warnings",
+        "-c",
+        str(path),
+    ]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ def test_something(make: Make) -> None:
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_build import tools
 
 from . import build
 from .device import Emulated, Gpu
@@ -51,12 +53,19 @@ def broken(flag: str, seed: int) -> Emulated:
     return machine
 
 
+def nvcc() -> str:
+    """That of the build, which may not be on PATH."""
+    toolkit = tools.find_toolkit(os.environ)
+    assert toolkit, "needs nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+    return str(toolkit.home / "bin" / "nvcc")
+
+
 @lru_cache(maxsize=1)
 def gpu() -> Gpu:
     major, minor = torch.cuda.get_device_capability()
     path = Path(tempfile.mkdtemp(prefix="kernels-")) / "libkernels.so"
     arch = f"-arch=sm_{major}{minor}{'a' if major == 9 else ''}"
-    command = ["nvcc", "-std=c++17", "-O3", arch, "-shared", "-Xcompiler=-fPIC", f"-I{build.CSRC}"]
+    command = [nvcc(), "-std=c++17", "-O3", arch, "-shared", "-Xcompiler=-fPIC", f"-I{build.CSRC}"]
     subprocess.run([*command, *map(str, KERNELS), "-o", str(path)], check=True)
     return Gpu(path)
 
