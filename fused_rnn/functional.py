@@ -24,9 +24,9 @@ _STATES = 3  # tensors before the weights: input, h0, c0
 def _path(tensors: Sequence[Tensor | None]) -> int:
     """How to compute on these tensors: input, h0, c0, then weights. The input is never None.
 
-    What the kernels do not take goes through :mod:`fused_rnn.reference`: other devices and dtypes; mixtures, for
-    which it raises torch's own errors; forward-mode derivatives and transforms without a rule for a Function, which
-    look inside its operations.
+    What the kernels do not take goes through :mod:`fused_rnn.reference`: other devices, dtypes and layouts (a sparse
+    matrix is multiplied as in torch.nn); mixtures, for which it raises torch's own errors; forward-mode derivatives
+    and transforms without a rule for a Function, which look inside its operations.
     """
     first = tensors[0]
     dtype, on_cpu = first.dtype, first.is_cpu
@@ -39,6 +39,8 @@ def _path(tensors: Sequence[Tensor | None]) -> int:
     for tensor in tensors:
         if tensor is not None:
             if not (tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device)):
+                return _REFERENCE
+            if tensor.layout is not torch.strided:
                 return _REFERENCE
             records = records or tensor.requires_grad
     if dtype not in ops.DTYPES or forward_ad._current_level >= 0:

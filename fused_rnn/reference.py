@@ -150,9 +150,9 @@ def cell_step(
     b_hh: Tensor | None,
 ) -> State:
     """One time step of a batch: input (B, I), h0 and c0 (B, H) or None for zero. Returns h' and c' (LSTM) or None."""
-    zeros = (input.size(0), w_hh.size(1))
-    h = input.new_zeros(zeros) if h0 is None else h0
-    c = input.new_zeros(zeros) if c0 is None and cell == "lstm" else c0
+    zeros = (input.size(0), w_hh.size(1))  # dense beside a sparse input
+    h = input.new_zeros(zeros, layout=torch.strided) if h0 is None else h0
+    c = input.new_zeros(zeros, layout=torch.strided) if c0 is None and cell == "lstm" else c0
     return STEPS[cell](F.linear(input, w_ih, b_ih), h, c, w_hh, b_hh)
 
 
