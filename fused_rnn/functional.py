@@ -51,6 +51,19 @@ def _path(tensors: Sequence[Tensor | None]) -> int:
     return _RECORDED if records and torch.is_grad_enabled() else _PLAIN
 
 
+def _written_down(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a graph is being made that shall hold the call as one operator whose path is chosen where it runs.
+
+    torch.jit.trace cannot keep an autograd Function. Grad mode must not matter, for it traces twice, the second time
+    without, and compares. What needs no gradients it holds as the kernels' operators, which C++ knows too.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._is_tracing() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def layer(
     cell: str,
     input: Tensor,
@@ -61,7 +74,7 @@ def layer(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer by the fastest path that can take it; arguments and results as in ``reference.layer``."""
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if _written_down((input, h0, c0, *weights)):
         output, hn, cn = ops.layer(cell, ops.BUILD, input, batch_sizes, h0, c0, *weights)
         return output, hn, cn if ops.CELLS[cell].cell_state else None
     return _computed_layer(cell, input, batch_sizes, h0, c0, *weights, recompute=recompute)
@@ -131,7 +144,7 @@ def cell_step(
 def _cell_step(
     cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if _written_down((input, h0, c0, *weights)):
         h, c = ops.cell_step(cell, ops.BUILD, input, h0, c0, *weights)
         return h, c if ops.CELLS[cell].cell_state else None
     return _computed_step(cell, input, h0, c0, *weights)

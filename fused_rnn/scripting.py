@@ -1,10 +1,11 @@
-"""What other ways to write a model down are told: TorchScript compiles no layer of ours, and ``revert`` gives it one it
-compiles; to ``torch.fx`` a layer is one node, as torch.nn's are."""
+"""What other ways to write a model down are told: TorchScript compiles no layer of ours, nor does the ONNX exporter
+built on it, and ``revert`` gives both what they know; to ``torch.fx`` a layer is one node, as torch.nn's are."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.fx import Proxy
 
@@ -27,7 +28,16 @@ def node_of_call(module: nn.Module, input: Any, hx: Any) -> Proxy | None:
 
     A tracer takes a class of torch.nn for a leaf by where it is defined, and would go into one of ours, whose way
     depends on its input.
+
+    Raises:
+        RuntimeError: it is not fx that traces, but the ONNX exporter of ``dynamo=False``.
     """
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"torch.onnx.export(..., dynamo=False) knows no fused_rnn.{type(module).__name__}. Export a copy of the "
+            "model with layers of torch.nn's: fused_rnn.revert(copy.deepcopy(model)); or this one with "
+            "dynamo=True, custom_translation_table=fused_rnn.onnx.translations()."
+        )
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     traced = next((given for given in (input, *states) if isinstance(given, Proxy)), None)
     if traced is None:
