@@ -172,8 +172,17 @@ class _Recurrent(nn.RNNBase):
         else:
             self._check(input.data, states, input.batch_sizes)
         states = packed.reorder(states, input.sorted_indices)
+        if states is None and is_compiling() and input.sorted_indices is not None:
+            states = self._zeros(input.data, input.sorted_indices.size(0))
         rows, states = self._run(input.data, input.batch_sizes, states)
         return packed.repack(rows, input), self._hidden(packed.reorder(states, input.unsorted_indices))
+
+    def _zeros(self, data: Tensor, batch: int) -> States:
+        """What None stands for. With it a graph knows how many sequences there are: batch_sizes[0] is data, at which
+        torch.compile breaks the graph unless told not to."""
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        return tuple(data.new_zeros(layers, batch, size) for size in sizes)
 
     def _weights(self) -> list[Tensor]:
         """All weights, in the order of torch's flat list. In a graph the list is not brought up to date; but what was

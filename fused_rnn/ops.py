@@ -64,8 +64,9 @@ BUILD = f"{__version__}{'+cuda' if CUDA_KERNELS else ''}"
 
 
 def define_traced(name: str, function: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Says what `layer` or `cell_step` does; :mod:`fused_rnn.functional` knows, and calls this once."""
-    _traced.impl(name, function, "CompositeImplicitAutograd")
+    """Says what `layer` or `cell_step` does; :mod:`fused_rnn.functional` knows, and calls this once. Out of sight
+    of Dynamo: where a graph breaks at the operator, it would compile in pieces what is behind it, and warn."""
+    _traced.impl(name, torch._disable_dynamo(function), "CompositeImplicitAutograd")
 
 
 class CellTraits(NamedTuple):

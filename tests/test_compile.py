@@ -7,6 +7,8 @@ are the same bits. tests/test_compile_models.py asks inductor, which makes code 
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -33,9 +35,10 @@ from parity import (
 )
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own remark, about itself
 
@@ -228,6 +231,36 @@ def test_what_is_put_into_flat_weights_is_used(kind: Kind, device: str):
     found = whole(adapted)(x)
     assert torch.equal(found, expected) and not torch.equal(found, make_twins(kind, device=device).ours(x)[0])
     assert torch.equal(*(torch.autograd.grad(y.sum(), adapter)[0] for y in (found, expected)))
+
+
+@layers
+@pytest.mark.parametrize("enforce_sorted", [False, True], ids="sorted={}".format)
+def test_packing_inside_what_is_compiled(kind: Kind, enforce_sorted: bool, device: str):
+    """torch breaks the graph where it packs and where it pads again; the layer between is captured. Without indices
+    that tell how many sequences there are, it breaks there too, and Dynamo does not go on into our operators."""
+    ours = make_twins(kind, device=device, num_layers=2, bidirectional=True).ours
+
+    def model(x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        output, hx = ours(pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted))
+        return pad_packed_sequence(output)[0], *tensors_of(hx)
+
+    x = make_input(ours).requires_grad_()
+    lengths = torch.tensor([4, 3, 1] if enforce_sorted else [3, 4, 1])
+
+    def results(call: Callable) -> tuple[Tensor, ...]:
+        outputs = call(x, lengths)
+        total = sum(out.sum() for out in outputs)
+        return *outputs, *torch.autograd.grad(total, [x, *ours.parameters()])
+
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo does not know how to trace")
+        found = results(torch.compile(model, backend="aot_eager"))
+    assert all(map(torch.equal, found, results(model)))
+    breaks = Counter(counters["graph_break"])
+    at_ours = sum(count for reason, count in breaks.items() if "fused_rnn" in reason)
+    assert breaks.total() - at_ours == 2
+    assert (at_ours > 0) == enforce_sorted
 
 
 # -------------------------------------------------------------------------------------------------- dynamic shapes
