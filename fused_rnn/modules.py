@@ -105,6 +105,8 @@ class _Recurrent(nn.RNNBase):
             self.check_forward_args(input, self._hidden(states), batch_sizes)
         for kind, tensors in (("hidden", states or ()), ("parameter", self._weights())):
             for tensor in tensors:
+                if tensor is None:
+                    raise TypeError(f"a {kind} is None; bias=False makes a layer without biases")
                 if tensor.device != input.device:
                     raise RuntimeError(
                         f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "

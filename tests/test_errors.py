@@ -304,6 +304,17 @@ def test_weight_of_the_wrong_shape(kind, name, shape):
         ours(torch.zeros(B, I) if kind.is_cell else torch.zeros(T, B, I))
 
 
+@pytest.mark.parametrize("kind", LAYERS, ids=str)
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+def test_a_weight_taken_away(kind, name):
+    """By assigning None, which a cell's bias allows."""
+    twins = make_twins(kind, I, H)
+    for module, words in ((twins.theirs, "got NoneType"), (twins.ours, "a parameter is None; bias=False")):
+        setattr(module, name, None)
+        with pytest.raises(TypeError, match=words):
+            module(torch.zeros(T, B, I))
+
+
 def test_projection_of_the_wrong_shape():
     ours = make_twins(LSTM_PROJ, I, H).ours
     ours.weight_hr_l0 = nn.Parameter(torch.zeros(2, H))
