@@ -40,7 +40,7 @@ def node_of_call(module: nn.Module, input: Any, hx: Any) -> Proxy | None:
         )
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     traced = next((given for given in (input, *states) if isinstance(given, Proxy)), None)
-    if traced is None:
+    if traced is None or traced.tracer.root is module:  # the root has no name
         return None
     arguments = (input,) if hx is None else (input, hx)
     return traced.tracer.create_proxy("call_module", traced.tracer.path_of_module(module), arguments, {})

@@ -7,6 +7,7 @@ import torch
 from parity import KINDS, Kind, make_input, make_state, make_twins, tensors_of
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
+from torch.fx.proxy import TraceError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -67,3 +68,12 @@ def test_states_alone_are_traced(kind: Kind) -> None:
     ours = make_twins(kind).ours
     x, hx = make_input(ours), make_state(ours)
     assert_same(symbolic_trace(FromStates(ours, x))(*hx), ours(x, hx))
+
+
+@kinds
+def test_a_layer_alone_is_refused_as_torchs_is(kind: Kind) -> None:
+    """As the root of a trace it would have to be looked into."""
+    twins = make_twins(kind)
+    for module in (twins.theirs, twins.ours):
+        with pytest.raises(TraceError, match="symbolically traced variables cannot be used as inputs"):
+            symbolic_trace(module)
