@@ -328,6 +328,18 @@ def test_an_edited_input_or_weight_never_corrupts(kind, what):
 
 
 @kinds
+@pytest.mark.parametrize("stem", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+def test_an_edited_weight_always_raises(kind, stem):
+    """Needed or not: here neither the input nor a state requires grad. torch.nn's classes differ among themselves."""
+    ours = make(kind)
+    loss = sum(out.sum() for out in tensors_of(ours(make_input(ours))))
+    with torch.no_grad():
+        getattr(ours, stem if kind.is_cell else f"{stem}_l0").mul_(2.0)
+    with pytest.raises(RuntimeError, match=EDITED):
+        loss.backward()
+
+
+@kinds
 def test_an_edited_input_and_weight_raise_where_torch_raises(kind):
     """Both are needed for the gradient of the other."""
     for stem in ("x", "weight_ih"):
