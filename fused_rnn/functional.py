@@ -94,6 +94,7 @@ def _computed_layer(
         return reference.layer(cell, input, batch_sizes, h0, c0, *weights)
     if path == _RECORDED:
         output, hn, cn, _ = autograd.Layer.apply(cell, batch_sizes, recompute, input, h0, c0, *weights)
+        ops.give_own_nodes(output, hn, cn)
         return output, hn, cn
     if path == _TRANSFORMED:
         output, hn, cn, _ = transforms.Layer.apply(cell, batch_sizes, input, h0, c0, *weights)
@@ -157,7 +158,10 @@ def _computed_step(
     if path == _REFERENCE:
         return reference.cell_step(cell, input, h0, c0, *weights)
     if path == _RECORDED:
-        return autograd.Cell.apply(cell, input, h0, c0, *weights)
+        h, c = autograd.Cell.apply(cell, input, h0, c0, *weights)
+        if c is not None:
+            ops.give_own_nodes(h, c)
+        return h, c
     if path == _TRANSFORMED:
         return transforms.cell_step(cell, input, h0, c0, weights)
     h, c, _ = ops.cell_forward(cell, input, h0, c0, *weights, False)

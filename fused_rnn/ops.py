@@ -41,6 +41,8 @@ layer_at_once = _C.layer_at_once
 #: (cell, batch_sizes, wanted, gradients, arguments, output, saved, link) -> gradients of the arguments, to be
 #: differentiated again; outside of transforms (csrc/ops/derivable.h).
 derivable_gradients = _C.derivable_gradients
+#: (*results) -> None; hooks on one of several results of a Function hear of its own gradient alone.
+give_own_nodes = _C.give_own_nodes
 
 # What torch.compile and torch.export see in place of the operators above: one call, whose path is chosen where it runs
 # or is lowered. So Dynamo need not read our autograd Functions (it refuses a tensor passed in two places), and an

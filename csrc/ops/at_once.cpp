@@ -83,6 +83,9 @@ PyMethodDef kTensorFunctions[] = {
     {"derivable_gradients", fast(&derivable_gradients_of), METH_FASTCALL,
      "derivable_gradients(cell, batch_sizes, wanted, gradients, arguments, output, saved, link): "
      "csrc/ops/derivable.h."},
+    {"give_own_nodes", fast(&give_own_nodes), METH_FASTCALL,
+     "give_own_nodes(*results): csrc/ops/own_node.cpp. Of those that autograd recorded; None is passed "
+     "over."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace frnn

@@ -44,6 +44,10 @@ using RecordedArguments = std::array<OptTensor, kRecordedArguments>;
 // A cell's step or a layer's pass with gradients: h, and c of a cell with a cell state; or output, hn and that c.
 std::vector<Tensor> recorded(const std::string& cell, bool is_cell, const RecordedArguments& arguments);
 
+// Makes hooks on one of several results of a Function hear of its own gradient alone (own_node.cpp). Not recorded: nothing.
+void give_own_node(const Tensor& result);
+
+PyObject* give_own_nodes(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* cell_at_once(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* layer_at_once(PyObject*, PyObject* const* args, Py_ssize_t count);
 

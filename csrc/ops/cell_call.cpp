@@ -82,8 +82,12 @@ PyObject* cell_at_once(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (with_gradients) {
       std::vector<Tensor> results =
           recorded(std::string(cell), true, {input, h0, c0, w_ih, w_hh, b_ih, b_hh});
+      if (traits.cell_state) {
+        give_own_node(results[0]);
+        give_own_node(results[1]);
+        c = std::move(results[1]);
+      }
       h = std::move(results[0]);
-      if (traits.cell_state) c = std::move(results[1]);
     } else {
       std::tie(h, c, std::ignore) = cell_forward(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, false);
     }

@@ -205,7 +205,13 @@ std::vector<Tensor> LayerCall::run() {
     results[1] = at::cat(last_h);
     if (cell_state) results[2] = at::cat(last_c);
   }
-  if (batch_first) results[0] = results[0].transpose(0, 1);
+  // What concatenates or transposes is a node already.
+  if (layers == 1)
+    for (size_t k = 1; k < (cell_state ? 3 : 2); ++k) give_own_node(results[k]);
+  if (batch_first)
+    results[0] = results[0].transpose(0, 1);
+  else
+    give_own_node(results[0]);
   return results;
 }
 
