@@ -51,10 +51,10 @@ def test_torch_s_switch_is_touched_where_it_matters_alone(
 ) -> None:
     """It is the whole process's, and other threads multiply too."""
     rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = rnn.fp32_precision
+    before, products = rnn.fp32_precision, matmul.fp32_precision
     rnn.fp32_precision = "tf32"
     try:
         assert library.allows_tf32(number) == (dtype == "float")
-        assert matmul.fp32_precision == "none"
+        assert matmul.fp32_precision == products
     finally:
         rnn.fp32_precision = before
