@@ -80,7 +80,7 @@ accuracy: $(BUILT)
 # Leaks are not looked for: Python and torch leave too much to the end of the process on purpose. Everything runs in
 # build/asan, because Python puts the current folder first on its path and the normal build is in this one.
 ASAN_TESTS ?= tests/test_ops.py tests/test_ops_derivatives.py tests/test_cpu_kernels.py tests/test_cell_at_once.py \
-  tests/test_layer_at_once.py tests/test_activations.py
+  tests/test_layer_at_once.py tests/test_activations.py tests/test_kept_panels.py tests/test_reset.py
 ASAN_RUN = cd build/asan && LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/lib $(RUN)
 

@@ -1,4 +1,5 @@
-"""What the CPU kernels' threads share and keep, in C++ and under sanitizers: their barrier, their scratch memory."""
+"""What the CPU kernels' threads share and keep, in C++ and under sanitizers: their barrier, scratch memory, packed
+weights."""
 
 from __future__ import annotations
 
@@ -33,6 +34,19 @@ def test_a_thread_keeps_scratch_memory_up_to_its_bound(tmp_path: Path) -> None:
     program = tmp_path / "scratch_bounds"
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=address,undefined"]
     files = [ROOT / "tests/scratch_bounds.cpp", ROOT / "csrc/cpu/scratch.cpp"]
+    subprocess.run(["c++", *flags, *files, "-o", program], check=True)
+    done = run([program])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_what_is_kept_and_when_it_is_packed_again(tmp_path: Path, sanitizer: str) -> None:
+    program = tmp_path / "kept_panels"
+    flags = ["-std=c++17", "-O1", "-g", "-w", "-pthread", f"-fsanitize={sanitizer}"]
+    files = [
+        ROOT / "tests/kept_panels.cpp",
+        *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("kept_panels", "scratch")),
+    ]
     subprocess.run(["c++", *flags, *files, "-o", program], check=True)
     done = run([program])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,37 +1,21 @@
 """Packed weights that are kept from one call to the next, without gradients: no change of the weights is missed,
-whatever trace it leaves, and what is kept has a bound. Results are compared bit by bit with those of a layer whose
-equal weights lie elsewhere and were never seen."""
+whatever trace it leaves. What is kept, and its bound: test_barrier.py. Results are compared bit by bit with those of a
+layer whose equal weights lie elsewhere and were never seen."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from test_barrier import ROOT, run
 from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn import _C
 
 T, B, H = 40, 2, 48  # long enough to be packed
-
-
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_what_is_kept_and_when_it_is_packed_again(tmp_path: Path, sanitizer: str) -> None:
-    program = tmp_path / "kept_panels"
-    flags = ["-std=c++17", "-O1", "-g", "-w", "-pthread", f"-fsanitize={sanitizer}"]
-    files = [
-        ROOT / "tests/kept_panels.cpp",
-        *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("kept_panels", "scratch")),
-    ]
-    subprocess.run(["c++", *flags, *files, "-o", program], check=True)
-    done = run([program])
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def results(layer: nn.Module, x: Tensor) -> list[Tensor]:
