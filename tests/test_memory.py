@@ -9,6 +9,8 @@ from __future__ import annotations
 import array
 import gc
 import math
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -386,9 +388,34 @@ def _mapping_flags(address: int) -> set[str]:
     return set()
 
 
-@pytest.mark.skipif(
+tells_flags = pytest.mark.skipif(
     not _mapping_flags(id(object())), reason="needs Linux, which tells the flags of a mapping"
 )
+
+
+@tells_flags
+def test_packed_weights_are_asked_for_in_huge_pages():
+    """In a process of their own: this one may have kept the memory of other tests."""
+    code = """
+import re, torch, fused_rnn
+
+def asked_for() -> int:
+    mappings = re.split(r"^(?=[0-9a-f]+-)", open("/proc/self/smaps").read(), flags=re.M)
+    asked = [m for m in mappings if re.search(r"^VmFlags:.* hg", m, re.M)]
+    return sum(int(re.search(r"^Size: +(\\d+) kB", m, re.M)[1]) for m in asked)
+
+layer, x = fused_rnn.LSTM(512, 512), torch.randn(40, 2, 512)
+before = asked_for()
+with torch.no_grad():
+    layer(x)
+print(asked_for() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4096  # of 8 MB and a little, whole pages of 2 MB
+
+
+@tells_flags
 def test_large_memory_is_asked_for_in_huge_pages():
     ours = make_twins(LSTM, 8, 64).ours
     with torch.no_grad():

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <new>
 
+#include "../huge_pages.h"
+
 // Under AddressSanitizer nothing may touch a kept block, nor of one in use more than was asked for.
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -71,7 +73,10 @@ thread_local Kept kept;
 
 ScratchBlock take_scratch(size_t bytes) {
   const ScratchBlock found = kept.take(bytes);
-  return found.data ? found : ScratchBlock{::operator new(bytes, kLine), bytes};
+  if (found.data) return found;
+  const ScratchBlock made{::operator new(bytes, kLine), bytes};
+  ask_for_huge_pages(made.data, bytes);
+  return made;
 }
 
 void keep_scratch(ScratchBlock block) noexcept { kept.keep(block); }

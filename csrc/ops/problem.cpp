@@ -2,35 +2,14 @@
 // reading out of bounds.
 #include "problem.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include "../huge_pages.h"
 #include "scan.h"
 
 namespace frnn {
-namespace {
-
-// The first touch of a page costs a fault, and memory as large as this is mostly new pages at every call: glibc gives it
-// back to the system. In huge ones, where Linux has them on request, that is one fault in 512. Measured on Zen 5, a
-// training step of an LSTM: 0.70 of the time at 100x256x256, 0.84 at 1024x16x768.
-constexpr size_t kManyPages = size_t{4} << 20;
-void ask_for_huge_pages([[maybe_unused]] void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < kManyPages) return;
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
-  // Only a wish: without, pages are small.
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
 
 CellTraits cell_traits(std::string_view name) {
   for (const CellName& known : kCellNames)
