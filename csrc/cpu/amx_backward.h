@@ -132,7 +132,8 @@ class TileBackwardScan {
         Tile& tile = block[count++];
         const auto later = static_cast<int>(scan_.continuing(s) - b0);
         tile.b0 = b0, tile.rows = rows, tile.summed = later < 0 ? 0 : later < rows ? later : rows;
-        for (int r = 0; r < tile.summed; ++r) tile.a[r] = flowing_back(scan_.offset(s + 1) + b0 + r);
+        for (int r = 0; r < tile.summed; ++r)
+          tile.a[r] = units_.flowing_back(scan_.offset(s + 1) + b0 + r, zeros_.get());
         lay_rows(tile);
         if (count == most) finish_block();
       });
@@ -143,7 +144,7 @@ class TileBackwardScan {
       tiles.each(shape_.B, [&](int64_t b0, int rows) {
         Tile& tile = block[0];
         tile.b0 = b0, tile.rows = tile.summed = rows;
-        for (int r = 0; r < rows; ++r) tile.a[r] = flowing_back(scan_.first_row(b0 + r));
+        for (int r = 0; r < rows; ++r) tile.a[r] = units_.flowing_back(scan_.first_row(b0 + r), zeros_.get());
         lay_rows(tile);
         finish_tiles<false>(panels, -1, block, 1, sums.get());
       });
@@ -155,9 +156,6 @@ class TileBackwardScan {
       return d.w_hh;
     else
       return nullptr;
-  }
-  const S* flowing_back(int64_t row) const {
-    return units_.starts_anew(row) ? zeros_.get() : units_.dgates(row);
   }
   int64_t blocks() const { return kGates * weights_.blocks_of_gate(); }
 
@@ -254,8 +252,8 @@ class TileBackwardScan {
   const int64_t H_;
   const TileColumns<S, kGates, kParts> weights_;
   const ColumnWeights<float, kVectors> plain_;  // for numbers that have no parts
-  const Buffer<S>
-      zeros_;  // [kGates * H], stands for the dgates of a step that starts anew; empty without a mask
+  // [kGates * H], stands for the dgates of a step that starts anew; empty without a mask
+  const Buffer<S> zeros_;
 };
 
 // Of the scan above.

@@ -24,8 +24,8 @@ class BackwardUnits {
         scan_{shape, d.reverse} {}
 
   const S* dgates(int64_t row) const { return d_.dgates + row * dgates_stride_; }
-  // Whether the row's step met a state of zero: then nothing flows back from it.
-  FRNN_HD bool starts_anew(int64_t row) const { return d_.reset && d_.reset[row]; }
+  // What of a row's dgates flows back to the step before: these zeros where the row met no state of that step.
+  const S* flowing_back(int64_t row, const S* zeros) const { return starts_anew(row) ? zeros : dgates(row); }
 
   // f(row, first unit, how many, values) for the vectors of a tile's sums, acc[row][vector], of `units` units in all.
   template <class F>
@@ -113,6 +113,8 @@ class BackwardUnits {
   }
 
  private:
+  FRNN_HD bool starts_anew(int64_t row) const { return d_.reset && d_.reset[row]; }
+
   const Shape& shape_;
   const BackwardDirection<S>& d_;
   const int64_t H_, Hr_, dgates_stride_;
@@ -162,15 +164,12 @@ class BackwardDirectionScan {
   }
 
  private:
-  const T* flowing_back(int64_t row) const {
-    return units_.starts_anew(row) ? zeros_.get() : units_.dgates(row);
-  }
-
   void state_tile(int64_t s, int64_t panel, int64_t b0, int rows) {
     const int64_t continuing = scan_.continuing(s);
     const T* later[kMaxTileRows];
     for (int r = 0; r < rows; ++r)
-      later[r] = b0 + r < continuing ? flowing_back(scan_.offset(s + 1) + b0 + r) : zeros_.get();
+      later[r] = b0 + r < continuing ? units_.flowing_back(scan_.offset(s + 1) + b0 + r, zeros_.get())
+                                     : zeros_.get();
     alignas(64) T acc[kTileRows * kUnits];
     if (b0 < continuing)
       // By gates, with a part of the requests before each: all at once would be more than a core keeps under way.
@@ -198,7 +197,7 @@ class BackwardDirectionScan {
 
   void initial_state_tile(int64_t panel, int64_t b0, int rows) {
     const T* first[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) first[r] = flowing_back(scan_.first_row(b0 + r));
+    for (int r = 0; r < rows; ++r) first[r] = units_.flowing_back(scan_.first_row(b0 + r), zeros_.get());
     alignas(64) T acc[kTileRows * kUnits];
     recurrent_.multiply(first, rows, panel, acc);
     units_.each_vector(panel, Hr_, rows, acc, [&](int r, int64_t u, auto n, V dh) {

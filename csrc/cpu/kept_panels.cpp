@@ -23,7 +23,7 @@ class Store {
     return {nullptr, 0};
   }
 
-  // Returns what there is no place for: this block, or those that made room for it.
+  // drop(block) gets what there is no place for: this block, or those that made room for it.
   template <class Drop>
   void keep(const PanelsKey& key, ScratchBlock memory, Drop&& drop) noexcept {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);

@@ -1,5 +1,5 @@
-// Packed weights that outlive their call. Without gradients the same weights come again and again, and to pack them takes
-// a short sequence of one row a tenth to a third of its time. Nothing tells reliably that weights are still the same: a
+// Packed weights that outlive their call. Without gradients the same weights come again and again, and to pack them is a
+// good part of a short sequence of few rows. Nothing tells reliably that weights are still the same: a
 // write through `.data`, one by another process, another tensor in the same memory leave no trace. So what is kept has a
 // digest of what it was packed from (panels.h), and whoever takes it compares.
 #pragma once
